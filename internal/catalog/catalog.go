@@ -1,0 +1,319 @@
+// Package catalog holds the nouns of the control plane as records, and the Catalog that keeps them: get, put-if, list, watch-from. Wanted
+// records say what an operator asked for, observed records what is so; they have different keys because they have different owners. Mem is the in-memory
+// twin; etcd the real one. docs/formats/catalog.md is the normative page.
+//
+// It imports nothing of ours. Read next: plan, which decides from these records; agent, which acts on them.
+package catalog
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Rev is a revision: of one record (when it was last put) or of the whole catalogue. It only grows. Zero: does not exist.
+type Rev int64
+
+// Key names a record: Kind/Part/Name, for example volume/wanted/db1. Name may contain one slash (operation/wanted/db1/OPID).
+type Key struct {
+	Kind Kind
+	Part Part
+	Name string
+}
+
+// Kind is a noun.
+type Kind string
+
+// The nouns.
+const (
+	KindNode       Kind = "node"
+	KindImage      Kind = "image"
+	KindVolume     Kind = "volume"
+	KindMembership Kind = "membership" // by volume id; JSON of replica.Record; owner: the engine, through its Ledger
+	KindOperation  Kind = "operation"
+	KindSetting    Kind = "setting"
+	KindEvent      Kind = "event"
+	KindCluster    Kind = "cluster" // one record: cluster id, format
+)
+
+// Part says whose half of a noun a record is.
+type Part string
+
+// The parts. Kinds that are not split use Wanted.
+const (
+	Wanted   Part = "wanted"
+	Observed Part = "observed"
+)
+
+// Entry is a stored record.
+type Entry struct {
+	Key   Key
+	Value []byte // JSON
+	Rev   Rev
+}
+
+// Event is one change. A deleted record has a nil Value.
+type Event struct {
+	Entry
+}
+
+// Catalog keeps records. All methods may be called concurrently; Get and List are linearizable. ErrUnreachable: nobody could be asked; a Put or Delete
+// that returned it may have happened.
+type Catalog interface {
+	// Get returns one record; ErrNotFound.
+	Get(ctx context.Context, k Key) (Entry, error)
+	// Put writes value if the record's revision is still was (0: must not exist); ErrConflict.
+	Put(ctx context.Context, k Key, value []byte, was Rev) (Rev, error)
+	// Delete removes the record if its revision is still was; ErrConflict, ErrNotFound.
+	Delete(ctx context.Context, k Key, was Rev) error
+	// List returns all records of a kind (both parts) and the catalogue's revision at that instant, sorted by key; the empty Kind lists everything.
+	List(ctx context.Context, kind Kind) ([]Entry, Rev, error)
+	// Watch calls fn for every change after from, in order, until ctx ends or fn fails; ErrCompacted if from is too old (list again).
+	Watch(ctx context.Context, from Rev, fn func(Event) error) error
+	Close() error
+}
+
+var (
+	// ErrNotFound: there is no such record.
+	ErrNotFound = errors.New("not found")
+	// ErrConflict: the record changed meanwhile; read it again.
+	ErrConflict = errors.New("changed meanwhile")
+	// ErrUnreachable: the catalogue did not answer.
+	ErrUnreachable = errors.New("catalogue unreachable")
+	// ErrCompacted: the revision to watch from is gone; list again.
+	ErrCompacted = errors.New("revision compacted")
+)
+
+// Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
+type Ticket struct {
+	ID              string    `json:"id"`   // "" for the REST API's own
+	Node            string    `json:"node"` // where
+	Kind            string    `json:"kind"` // "api", "operation"
+	DisableFrontend bool      `json:"disableFrontend,omitempty"`
+	Created         time.Time `json:"created"`
+}
+
+// Placement is a replica of a volume, placed on a disk of a node by plan.
+type Placement struct {
+	ReplicaID string `json:"replicaID"` // 32 hex digits, never used again
+	Node      string `json:"node"`
+	DiskID    string `json:"diskID"`
+}
+
+// VolumeWanted is what was asked for. Owners: the API (all but Replicas), control (Replicas).
+type VolumeWanted struct {
+	Name      string            `json:"name"`
+	ID        string            `json:"id"` // 32 hex digits
+	SizeBytes int64             `json:"sizeBytes"`
+	Image     string            `json:"image,omitempty"`   // its name
+	ImageID   string            `json:"imageID,omitempty"` // its id
+	Copies    int               `json:"copies"`
+	Frontend  string            `json:"frontend"` // "nbd"
+	Created   time.Time         `json:"created"`
+	Deleted   *time.Time        `json:"deleted,omitempty"` // tombstone: the agent deletes replicas after a linearizable read of it
+	Tickets   []Ticket          `json:"tickets,omitempty"`
+	Replicas  []Placement       `json:"replicas,omitempty"`
+	Salvage   bool              `json:"salvage,omitempty"` // a person decided to open the last copy though a flush failed
+	Labels    map[string]string `json:"labels,omitempty"`
+}
+
+// VolumeObserved is what is so. Owner: the agent of the node that has (or had last) the volume attached, else that of its first replica.
+type VolumeObserved struct {
+	Name       string               `json:"name"`
+	ID         string               `json:"id"`
+	State      string               `json:"state"`      // creating, detached, attaching, attached, detaching, deleting
+	Robustness string               `json:"robustness"` // healthy, degraded, faulted, unknown
+	Node       string               `json:"node,omitempty"`
+	SizeBytes  int64                `json:"sizeBytes"` // of the head
+	Endpoint   string               `json:"endpoint,omitempty"`
+	Epoch      uint64               `json:"epoch,omitempty"`
+	Replicas   []ReplicaObserved    `json:"replicas"`
+	Snapshots  []SnapshotObserved   `json:"snapshots"` // as of the last look while attached or opened
+	Conditions map[string]Condition `json:"conditions"`
+	Error      string               `json:"error,omitempty"` // why the wanted state could not be reached, for people
+}
+
+// ReplicaObserved is one replica as found.
+type ReplicaObserved struct {
+	ReplicaID      string `json:"replicaID"`
+	Node           string `json:"node"`
+	DiskID         string `json:"diskID"`
+	DataPath       string `json:"dataPath"`
+	Created        bool   `json:"created"`
+	Running        bool   `json:"running"`
+	Mode           string `json:"mode"` // "", RW, WO, ERR
+	FailedAt       string `json:"failedAt,omitempty"`
+	AllocatedBytes int64  `json:"allocatedBytes"`
+}
+
+// SnapshotObserved is one layer of a volume as the dialect shows it; Name volume-head is the present.
+type SnapshotObserved struct {
+	Name        string            `json:"name"`
+	LayerID     string            `json:"layerID"`
+	Parent      string            `json:"parent"` // name, "" at the bottom
+	Children    []string          `json:"children"`
+	Removed     bool              `json:"removed"`
+	UserCreated bool              `json:"userCreated"`
+	Created     time.Time         `json:"created"`
+	SizeBytes   int64             `json:"sizeBytes"` // allocated by this layer
+	Labels      map[string]string `json:"labels,omitempty"`
+	Checksum    string            `json:"checksum,omitempty"`
+}
+
+// Condition is a named truth about an object.
+type Condition struct {
+	Status             string    `json:"status"` // True, False, Unknown
+	Reason             string    `json:"reason,omitempty"`
+	Message            string    `json:"message,omitempty"`
+	LastTransitionTime time.Time `json:"lastTransitionTime"`
+}
+
+// Operation is something to be done once to a volume, in order of its Seq per volume; the API makes it and waits for its result, the agent does it. ID is 32 random hex digits and
+// becomes the id of the new head layer where there is one, which is what makes repeating it harmless.
+type Operation struct {
+	ID        string            `json:"id"`
+	Volume    string            `json:"volume"`
+	VolumeID  string            `json:"volumeID"`
+	Verb      string            `json:"verb"` // snapshot, revert, expand, snapshot-remove, purge, check
+	Snapshot  string            `json:"snapshot,omitempty"`
+	SizeBytes int64             `json:"sizeBytes,omitempty"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Created   time.Time         `json:"created"`
+	State     string            `json:"state"`          // pending, running, done, failed
+	Progress  int               `json:"progress"`       // per cent
+	Code      string            `json:"code,omitempty"` // of the failure; one table in agent maps it from the data process's
+	Message   string            `json:"message,omitempty"`
+	Finished  *time.Time        `json:"finished,omitempty"` // done operations are deleted an hour later
+}
+
+// ImageWanted is an image as asked for. Owners: the API (all but Disks), control (Disks).
+type ImageWanted struct {
+	Name             string            `json:"name"`
+	ID               string            `json:"id"`         // 32 hex digits; also the id of its layer
+	SourceType       string            `json:"sourceType"` // download (url) ; ours: file (path on the node)
+	Parameters       map[string]string `json:"parameters"`
+	ExpectedChecksum string            `json:"expectedChecksum,omitempty"` // "sha512:…" or "sha256:…"
+	MinCopies        int               `json:"minCopies"`
+	Disks            []string          `json:"disks,omitempty"` // wanted disks, by id
+	Created          time.Time         `json:"created"`
+	Deleted          *time.Time        `json:"deleted,omitempty"`
+}
+
+// ImageObserved is an image as found. Owner: the agents, each its own disks.
+type ImageObserved struct {
+	Name             string                 `json:"name"`
+	ID               string                 `json:"id"`
+	SizeBytes        int64                  `json:"sizeBytes"`        // of the file as received
+	VirtualSizeBytes int64                  `json:"virtualSizeBytes"` // of the content
+	CurrentChecksum  string                 `json:"currentChecksum"`  // sha512 of the file as received, hex; immutable once set
+	Digest           string                 `json:"digest"`           // of the content
+	Format           string                 `json:"format"`
+	Disks            map[string]ImageOnDisk `json:"disks"`
+}
+
+// ImageOnDisk is one copy's state: pending, starting, in-progress, ready, failed, unknown.
+type ImageOnDisk struct {
+	State              string    `json:"state"`
+	Progress           int       `json:"progress"`
+	Message            string    `json:"message,omitempty"`
+	Attempts           int       `json:"attempts,omitempty"`
+	AllocatedBytes     int64     `json:"allocatedBytes,omitempty"`
+	LastTransitionTime time.Time `json:"lastTransitionTime"`
+}
+
+// NodeWanted is a node's settings. Owner: the API; made by the agent at first start.
+type NodeWanted struct {
+	Name              string                `json:"name"`
+	AllowScheduling   bool                  `json:"allowScheduling"`
+	EvictionRequested bool                  `json:"evictionRequested,omitempty"`
+	Tags              []string              `json:"tags,omitempty"`
+	Disks             map[string]DiskWanted `json:"disks"` // by name
+}
+
+// DiskWanted is a directory on a node that holds layers and images.
+type DiskWanted struct {
+	Path                 string   `json:"path"`
+	AllowScheduling      bool     `json:"allowScheduling"`
+	EvictionRequested    bool     `json:"evictionRequested,omitempty"`
+	StorageReservedBytes int64    `json:"storageReservedBytes"`
+	Tags                 []string `json:"tags,omitempty"`
+}
+
+// NodeObserved is a node as it is. Owner: its agent.
+type NodeObserved struct {
+	Name       string                  `json:"name"`
+	Address    string                  `json:"address"`
+	BootID     string                  `json:"bootID"`
+	Version    string                  `json:"version"`
+	Ready      bool                    `json:"ready"`
+	Conditions map[string]Condition    `json:"conditions"`
+	Disks      map[string]DiskObserved `json:"disks"` // by name
+	Data       DataObserved            `json:"data"`  // its data process
+}
+
+// DataObserved is what the agent knows of the data process.
+type DataObserved struct {
+	Version string    `json:"version"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+}
+
+// DiskObserved is a disk as it is.
+type DiskObserved struct {
+	DiskID         string               `json:"diskID"`
+	TotalBytes     int64                `json:"totalBytes"`
+	FreeBytes      int64                `json:"freeBytes"`
+	ScheduledBytes int64                `json:"scheduledBytes"`
+	Conditions     map[string]Condition `json:"conditions"`
+	Replicas       map[string]int64     `json:"replicas"` // replica id -> scheduled bytes
+	Images         map[string]int64     `json:"images"`   // image id -> bytes
+}
+
+// Setting is one changed setting; those at their default have no record.
+type Setting struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+}
+
+// EventRecord is something that happened, for people; kept for a day, bounded in number.
+type EventRecord struct {
+	ID      string    `json:"id"`
+	Time    time.Time `json:"time"`
+	Type    string    `json:"type"` // Normal, Warning
+	Kind    Kind      `json:"kind"`
+	Name    string    `json:"name"`
+	Reason  string    `json:"reason"`
+	Message string    `json:"message"`
+	Count   int       `json:"count"`
+}
+
+// Membership has the JSON shape of replica.Record (a test in node holds the two together): the control plane reads it and never writes it, except at creation and recovery.
+type Membership struct {
+	VolumeID   string             `json:"volumeID"`
+	Epoch      uint64             `json:"epoch"`
+	Opened     uint64             `json:"opened"`
+	Generation uint64             `json:"generation"`
+	WriterNode string             `json:"writerNode,omitempty"`
+	WriterBoot string             `json:"writerBoot,omitempty"`
+	Members    []MembershipMember `json:"members"`
+	Chain      MembershipChain    `json:"chain"`
+	Pending    any                `json:"pending,omitempty"`
+	LastChange time.Time          `json:"lastChange"`
+}
+
+// MembershipMember is one wanted replica in a Membership.
+type MembershipMember struct {
+	ReplicaID   string `json:"replicaID"`
+	Node        string `json:"node"`
+	InSync      bool   `json:"inSync"`
+	Incarnation string `json:"incarnation,omitempty"`
+	Failed      string `json:"failed,omitempty"`
+}
+
+// MembershipChain is the wanted stack.
+type MembershipChain struct {
+	Generation uint64   `json:"generation"`
+	SizeBytes  int64    `json:"sizeBytes"`
+	Layers     []string `json:"layers"`
+	Base       string   `json:"base,omitempty"`
+}
