@@ -1,0 +1,229 @@
+// Command testrun runs every test there is, in stages, and ends with one line that counts them: "N passed, N failed, N skipped". It is what `make
+// test` and continuous integration call.
+//
+// The stages: lint (gofmt, vet, staticcheck, govulncheck), unit (every package with the race detector and more random steps), integration (real
+// clients, real processes, root), fuzz (every fuzz target for a while), mutants (breakages that must turn tests red). `-stages a,b` picks some.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"sort"
+	"strings"
+	"time"
+)
+
+// tally counts what ran; a linter counts as one test.
+type tally struct {
+	passed, failed, skipped int
+	notes                   []string // what failed or was skipped, and why
+}
+
+func (t *tally) add(what string, err error, output []byte) {
+	if err == nil {
+		t.passed++
+		fmt.Printf("ok    %s\n", what)
+		return
+	}
+	t.failed++
+	t.notes = append(t.notes, "FAILED  "+what)
+	fmt.Printf("FAIL  %s: %v\n%s\n", what, err, output)
+}
+
+func (t *tally) skip(what, why string) {
+	t.skipped++
+	t.notes = append(t.notes, "skipped "+what+": "+why)
+	fmt.Printf("skip  %s: %s\n", what, why)
+}
+
+type stage struct {
+	name string
+	run  func(context.Context, *tally)
+}
+
+func main() {
+	pick := flag.String("stages", "lint,unit,integration,fuzz,mutants", "which stages to run")
+	ashlar := flag.String("ashlar", "bin/ashlar", "the built program, for the integration tests")
+	fuzzFor := flag.Duration("fuzz", 8*time.Second, "how long each fuzz target runs")
+	flag.Parse()
+	abs, err := filepath.Abs(*ashlar)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(2)
+	}
+	stages := []stage{
+		{"lint", lint},
+		{"unit", func(ctx context.Context, t *tally) {
+			goTest(ctx, t, []string{"ASHLAR_STEPS=5"}, "-race", "-timeout", "15m", "./...")
+		}},
+		{"integration", func(ctx context.Context, t *tally) {
+			goTest(ctx, t, []string{"ASHLAR_BIN=" + abs}, "-tags", "integration", "-run", "Integration", "-p", "1", "-timeout", "20m", "./...")
+		}},
+		{"fuzz", func(ctx context.Context, t *tally) { fuzz(ctx, t, *fuzzFor) }},
+		{"mutants", mutants},
+	}
+	var t tally
+	for _, s := range stages {
+		if !strings.Contains(","+*pick+",", ","+s.name+",") {
+			continue
+		}
+		start := time.Now()
+		fmt.Printf("== %s\n", s.name)
+		s.run(context.Background(), &t)
+		fmt.Printf("== %s took %.0f s\n", s.name, time.Since(start).Seconds())
+	}
+	for _, n := range t.notes {
+		fmt.Println(n)
+	}
+	fmt.Printf("%d passed, %d failed, %d skipped\n", t.passed, t.failed, t.skipped)
+	if t.failed > 0 || t.passed == 0 {
+		os.Exit(1)
+	}
+}
+
+func command(ctx context.Context, name string, args ...string) ([]byte, error) {
+	return exec.CommandContext(ctx, name, args...).CombinedOutput()
+}
+
+func lint(ctx context.Context, t *tally) {
+	out, err := command(ctx, "gofmt", "-l", "cmd", "internal", "mutants", "testrun", "demo", "bench")
+	if err == nil && len(bytes.TrimSpace(out)) > 0 {
+		err = fmt.Errorf("these files are not formatted")
+	}
+	t.add("gofmt", err, out)
+	out, err = command(ctx, "go", "vet", "./...")
+	t.add("go vet", err, out)
+	out, err = command(ctx, "go", "vet", "-tags", "integration", "./...")
+	t.add("go vet -tags integration", err, out)
+	out, err = command(ctx, "go", "tool", "-modfile=tools/go.mod", "staticcheck", "-tags", "integration", "./...")
+	t.add("staticcheck", err, out)
+	govulncheck(ctx, t)
+}
+
+// govulncheck needs its database from the network. Its own exit code tells a finding (3) from a database it could not reach (1).
+func govulncheck(ctx context.Context, t *tally) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	out, err := command(ctx, "go", "tool", "-modfile=tools/go.mod", "govulncheck", "./...")
+	if exit, ok := err.(*exec.ExitError); ok && exit.ExitCode() != 3 {
+		t.skip("govulncheck", "its database cannot be reached from here")
+		return
+	}
+	t.add("govulncheck", err, out)
+}
+
+// event is a line of `go test -json`.
+type event struct {
+	Action, Package, Test, Output string
+}
+
+// goTest runs `go test -json` and counts top-level tests; a package that does not build or dies counts as one failure.
+func goTest(ctx context.Context, t *tally, env []string, args ...string) {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"test", "-json", "-count=1"}, args...)...)
+	cmd.Env = append(os.Environ(), env...)
+	cmd.Stderr = os.Stderr
+	pipe, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.add("go test", err, nil)
+		return
+	}
+	before := t.failed
+	count(pipe, t)
+	if err := cmd.Wait(); err != nil && t.failed == before {
+		t.add("go test "+strings.Join(args, " "), err, nil)
+	}
+}
+
+func count(r io.Reader, t *tally) {
+	output := map[string][]string{}
+	failedIn := map[string]bool{}
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 16<<20)
+	for lines.Scan() {
+		var e event
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			fmt.Println(lines.Text())
+			continue
+		}
+		id := e.Package + " " + strings.SplitN(e.Test, "/", 2)[0]
+		switch {
+		case e.Action == "output":
+			output[id] = append(output[id], e.Output)
+		case e.Test == "" && e.Action == "fail" && !failedIn[e.Package]:
+			t.failed++
+			t.notes = append(t.notes, "FAILED  package "+e.Package)
+			fmt.Printf("FAIL  %s\n%s", e.Package, strings.Join(output[id], ""))
+		case e.Test == "" && e.Action == "pass":
+			fmt.Printf("ok    %s\n", e.Package)
+		case e.Test == "" || strings.Contains(e.Test, "/"):
+		case e.Action == "pass":
+			t.passed++
+			delete(output, id)
+		case e.Action == "skip":
+			t.skip(id, strings.TrimSpace(strings.Join(output[id], " ")))
+			delete(output, id)
+		case e.Action == "fail":
+			t.failed++
+			failedIn[e.Package] = true
+			t.notes = append(t.notes, "FAILED  "+id)
+			fmt.Printf("FAIL  %s\n%s", id, strings.Join(output[id], ""))
+		}
+	}
+}
+
+var fuzzFunc = regexp.MustCompile(`(?m)^func (Fuzz\w+)\(`)
+
+// fuzz runs every fuzz target in the tree for a while each.
+func fuzz(ctx context.Context, t *tally, each time.Duration) {
+	files, err := command(ctx, "git", "ls-files", "*_test.go")
+	if err != nil {
+		t.add("list of fuzz targets", err, files)
+		return
+	}
+	type target struct{ dir, name string }
+	var targets []target
+	for _, f := range strings.Fields(string(files)) {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			t.add("fuzz "+f, err, nil)
+			continue
+		}
+		for _, m := range fuzzFunc.FindAllSubmatch(text, -1) {
+			targets = append(targets, target{"./" + filepath.Dir(f), string(m[1])})
+		}
+	}
+	sort.Slice(targets, func(i, j int) bool {
+		return targets[i].dir+targets[i].name < targets[j].dir+targets[j].name
+	})
+	for _, x := range targets {
+		out, err := command(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+x.name+"$", "-fuzztime", each.String(), x.dir)
+		t.add("fuzz "+x.dir+" "+x.name, err, out)
+	}
+}
+
+func mutants(ctx context.Context, t *tally) {
+	out, err := command(ctx, "go", "run", "./mutants")
+	fmt.Print(string(out))
+	killed := regexp.MustCompile(`(?m)^killed`).FindAllIndex(out, -1)
+	t.passed += len(killed)
+	alive := regexp.MustCompile(`(?m)^ALIVE.*`).FindAll(out, -1)
+	for _, a := range alive {
+		t.failed++
+		t.notes = append(t.notes, "FAILED  mutant "+string(a))
+	}
+	if err != nil && len(alive) == 0 {
+		t.add("mutants", err, nil)
+	}
+}
