@@ -65,9 +65,7 @@ func main() {
 		{"unit", func(ctx context.Context, t *tally) {
 			goTest(ctx, t, []string{"ASHLAR_STEPS=5"}, "-race", "-timeout", "15m", "./...")
 		}},
-		{"integration", func(ctx context.Context, t *tally) {
-			goTest(ctx, t, []string{"ASHLAR_BIN=" + abs}, "-tags", "integration", "-run", "Integration", "-p", "1", "-timeout", "20m", "./...")
-		}},
+		{"integration", func(ctx context.Context, t *tally) { integration(ctx, t, abs) }},
 		{"fuzz", func(ctx context.Context, t *tally) { fuzz(ctx, t, *fuzzFor) }},
 		{"mutants", mutants},
 	}
@@ -183,33 +181,67 @@ func count(r io.Reader, t *tally) {
 	}
 }
 
+// integration runs, package by package, the tests of the files that are built only with the tag; the others ran before.
+func integration(ctx context.Context, t *tally, ashlar string) {
+	byDir, err := functions(ctx, testFunc, "//go:build integration")
+	if err != nil {
+		t.add("list of integration tests", err, nil)
+		return
+	}
+	for _, dir := range sortedKeys(byDir) {
+		goTest(ctx, t, []string{"ASHLAR_BIN=" + ashlar}, "-tags", "integration", "-timeout", "15m",
+			"-run", "^("+strings.Join(byDir[dir], "|")+")$", dir)
+	}
+}
+
+// functions lists what re finds in the test files that contain marker, by directory.
+func functions(ctx context.Context, re *regexp.Regexp, marker string) (map[string][]string, error) {
+	files, err := command(ctx, "git", "ls-files", "*_test.go")
+	if err != nil {
+		return nil, err
+	}
+	out := map[string][]string{}
+	for _, f := range strings.Fields(string(files)) {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			return nil, err
+		}
+		if !bytes.Contains(text, []byte(marker)) {
+			continue
+		}
+		dir := "./" + filepath.Dir(f)
+		for _, m := range re.FindAllSubmatch(text, -1) {
+			out[dir] = append(out[dir], string(m[1]))
+		}
+	}
+	return out, nil
+}
+
+func sortedKeys(m map[string][]string) []string {
+	var keys []string
+	for k := range m {
+		keys = append(keys, k)
+	}
+	sort.Strings(keys)
+	return keys
+}
+
+var testFunc = regexp.MustCompile(`(?m)^func (Test[A-Z0-9]\w*)\(`)
+
 var fuzzFunc = regexp.MustCompile(`(?m)^func (Fuzz\w+)\(`)
 
 // fuzz runs every fuzz target in the tree for a while each.
 func fuzz(ctx context.Context, t *tally, each time.Duration) {
-	files, err := command(ctx, "git", "ls-files", "*_test.go")
+	byDir, err := functions(ctx, fuzzFunc, "func Fuzz")
 	if err != nil {
-		t.add("list of fuzz targets", err, files)
+		t.add("list of fuzz targets", err, nil)
 		return
 	}
-	type target struct{ dir, name string }
-	var targets []target
-	for _, f := range strings.Fields(string(files)) {
-		text, err := os.ReadFile(f)
-		if err != nil {
-			t.add("fuzz "+f, err, nil)
-			continue
+	for _, dir := range sortedKeys(byDir) {
+		for _, name := range byDir[dir] {
+			out, err := command(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", each.String(), dir)
+			t.add("fuzz "+dir+" "+name, err, out)
 		}
-		for _, m := range fuzzFunc.FindAllSubmatch(text, -1) {
-			targets = append(targets, target{"./" + filepath.Dir(f), string(m[1])})
-		}
-	}
-	sort.Slice(targets, func(i, j int) bool {
-		return targets[i].dir+targets[i].name < targets[j].dir+targets[j].name
-	})
-	for _, x := range targets {
-		out, err := command(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+x.name+"$", "-fuzztime", each.String(), x.dir)
-		t.add("fuzz "+x.dir+" "+x.name, err, out)
 	}
 }
 
