@@ -174,6 +174,39 @@ type Job struct {
 	Image      *ImageFound `json:"image,omitempty"`
 }
 
+// CloseVolume names a volume to close.
+type CloseVolume struct {
+	VolumeID string `json:"volumeID"`
+}
+
+// WaitState asks for the state as soon as its revision is another than AfterRev.
+type WaitState struct {
+	AfterRev uint64 `json:"afterRev"`
+}
+
+// CancelImport names an import to give up.
+type CancelImport struct {
+	ImageID string `json:"imageID"`
+}
+
+// DeleteImage removes an image's layer from a disk. Idempotent. CodeInUse while a replica on the disk stands on it.
+type DeleteImage struct {
+	DiskID  string `json:"diskID"`
+	ImageID string `json:"imageID"`
+}
+
+// Check asks for every layer of a replica to be checked: by volume if it is open, else by disk and replica.
+type Check struct {
+	VolumeID  string `json:"volumeID"`
+	DiskID    string `json:"diskID,omitempty"`
+	ReplicaID string `json:"replicaID,omitempty"`
+}
+
+// Shutdown ends the data process in order: every volume flushed and closed, its sockets gone. Without Holder it is started again.
+type Shutdown struct {
+	Holder bool `json:"holder"` // end the holder too, so that nothing starts again by itself
+}
+
 // State is everything a data process has, with a revision that grows with every change (not with every write).
 type State struct {
 	Rev     uint64         `json:"rev"`
@@ -187,6 +220,23 @@ type State struct {
 type Problem struct {
 	Object string `json:"object"`
 	What   string `json:"what"`
+}
+
+// Problems is what a check found; none is a clean bill.
+type Problems struct {
+	Problems []Problem `json:"problems"`
+}
+
+// MembershipRead asks for a volume's membership record.
+type MembershipRead struct {
+	VolumeID string `json:"volumeID"`
+}
+
+// MembershipSwap asks for a membership record to be replaced if its revision is still Was (0: there is none).
+type MembershipSwap struct {
+	VolumeID string          `json:"volumeID"`
+	Record   json.RawMessage `json:"record"`
+	Was      int64           `json:"was"`
 }
 
 // MembershipEntry is a membership record (JSON of replica.Record) and its revision.
