@@ -2,6 +2,8 @@
 // records say what an operator asked for, observed records what is so; they have different keys because they have different owners. Mem is the in-memory
 // twin; etcd the real one. docs/formats/catalog.md is the normative page.
 //
+// Read, Write, Update and Upsert put types around the bytes; Follow keeps a copy of everything up to date; Note records an event.
+//
 // It imports nothing of ours. Read next: plan, which decides from these records; agent, which acts on them.
 package catalog
 
@@ -14,7 +16,8 @@ import (
 // Rev is a revision: of one record (when it was last put) or of the whole catalogue. It only grows. Zero: does not exist.
 type Rev int64
 
-// Key names a record: Kind/Part/Name, for example volume/wanted/db1. Name may contain one slash (operation/wanted/db1/OPID).
+// Key names a record: Kind/Part/Name, for example volume/wanted/db1. Name may contain one slash (operation/wanted/db1/OPID). In the store it is
+// Prefix + Kind/Part/Name.
 type Key struct {
 	Kind Kind
 	Part Part
@@ -57,19 +60,23 @@ type Event struct {
 	Entry
 }
 
-// Catalog keeps records. All methods may be called concurrently; Get and List are linearizable. ErrUnreachable: nobody could be asked; a Put or Delete
-// that returned it may have happened.
+// Catalog keeps records. All methods may be called concurrently; Get and List are linearizable, and what a Put or Delete acknowledged survives a
+// power cut (etcd; Mem survives nothing). ErrUnreachable: nobody could be asked; a Put or Delete that returned it may have happened. A context that
+// ends makes a call return its error, and then too a Put or Delete may have happened. ErrKey: the key or the value is malformed.
 type Catalog interface {
 	// Get returns one record; ErrNotFound.
 	Get(ctx context.Context, k Key) (Entry, error)
-	// Put writes value if the record's revision is still was (0: must not exist); ErrConflict.
+	// Put writes value, which is JSON and not empty, if the record's revision is still was (0: must not exist); ErrConflict. It returns the record's new revision.
 	Put(ctx context.Context, k Key, value []byte, was Rev) (Rev, error)
 	// Delete removes the record if its revision is still was; ErrConflict, ErrNotFound.
 	Delete(ctx context.Context, k Key, was Rev) error
 	// List returns all records of a kind (both parts) and the catalogue's revision at that instant, sorted by key; the empty Kind lists everything.
 	List(ctx context.Context, kind Kind) ([]Entry, Rev, error)
-	// Watch calls fn for every change after from, in order, until ctx ends or fn fails; ErrCompacted if from is too old (list again).
+	// Watch calls fn for every change after from, in order, until ctx ends (its error) or fn fails (fn's error); ErrCompacted if from is too old (list
+	// again); ErrUnreachable if the catalogue went away (watch again from the last revision seen). fn is called by one goroutine at a time,
+	// and may call the Catalog.
 	Watch(ctx context.Context, from Rev, fn func(Event) error) error
+	// Close ends every watch and call with ErrUnreachable, and waits for what it started.
 	Close() error
 }
 
@@ -82,6 +89,8 @@ var (
 	ErrUnreachable = errors.New("catalogue unreachable")
 	// ErrCompacted: the revision to watch from is gone; list again.
 	ErrCompacted = errors.New("revision compacted")
+	// ErrKey: a key or value that no record can have. Nothing was changed.
+	ErrKey = errors.New("malformed record")
 )
 
 // Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
@@ -168,8 +177,10 @@ type Condition struct {
 	LastTransitionTime time.Time `json:"lastTransitionTime"`
 }
 
-// Operation is something to be done once to a volume, in order of its Seq per volume; the API makes it and waits for its result, the agent does it. ID is 32 random hex digits and
-// becomes the id of the new head layer where there is one, which is what makes repeating it harmless.
+// Operation is something to be done once to a volume; the API makes it (in state pending, and never writes it again) and waits for its result, the agent
+// does it. Those of a volume are done one at a time: a running one first, then the pending in the order of their records' revisions, which is the order in
+// which they were put. ID is 32 random hex digits and becomes the id of the new head layer where there is one, which is what makes repeating it
+// harmless. Its record's name is VOLUME/ID.
 type Operation struct {
 	ID        string            `json:"id"`
 	Volume    string            `json:"volume"`
