@@ -93,6 +93,120 @@ var (
 	ErrKey = errors.New("malformed record")
 )
 
+// Format is the version of the records this build reads and writes (docs/formats/catalog.md); a catalogue with a higher one is refused.
+const Format = 1
+
+// Cluster is the one record of the cluster; the first agent of an empty catalogue makes it. Disks carry the id, so that another cluster's are refused.
+type Cluster struct {
+	ID      string    `json:"id"` // 32 hex digits
+	Format  int       `json:"format"`
+	Created time.Time `json:"created"`
+}
+
+// The states of a volume.
+const (
+	VolumeCreating  = "creating"
+	VolumeDetached  = "detached"
+	VolumeAttaching = "attaching"
+	VolumeAttached  = "attached"
+	VolumeDetaching = "detaching"
+	VolumeDeleting  = "deleting"
+)
+
+// How many good copies a volume has: all that are wanted, fewer, none, or it is not open.
+const (
+	RobustnessHealthy  = "healthy"
+	RobustnessDegraded = "degraded"
+	RobustnessFaulted  = "faulted"
+	RobustnessUnknown  = "unknown"
+)
+
+// The frontends.
+const (
+	FrontendNBD = "nbd"
+)
+
+// The kinds of tickets.
+const (
+	TicketAPI = "api"
+)
+
+// The verbs of operations. Expand may be said of a detached volume, which is opened for it without a frontend; the others need it attached
+// (CodeNotAttached), and revert needs it attached with DisableFrontend (CodeFrontend).
+const (
+	VerbSnapshot       = "snapshot"
+	VerbRevert         = "revert"
+	VerbExpand         = "expand"
+	VerbSnapshotRemove = "snapshot-remove"
+	VerbPurge          = "purge"
+	VerbCheck          = "check"
+)
+
+// The states of an operation.
+const (
+	OperationPending = "pending"
+	OperationRunning = "running"
+	OperationDone    = "done"
+	OperationFailed  = "failed"
+)
+
+// The codes of a failed operation.
+const (
+	CodeNotFound     = "not-found"        // no such snapshot, or the volume is gone
+	CodeExists       = "exists"           // a snapshot of that name
+	CodeInvalid      = "invalid"          // the request can never succeed
+	CodeConflict     = "conflict"         // not in the state the volume is in
+	CodeNotAttached  = "not-attached"     // the verb needs the volume attached
+	CodeFrontend     = "frontend-enabled" // revert needs it attached without a frontend
+	CodeNoSpace      = "no-space"         // the disk is full
+	CodeCorrupt      = "corrupt"          // checksums do not match
+	CodeFailed       = "failed"           // the volume's last copy failed
+	CodeNeedsSalvage = "needs-salvage"    // the last copy failed a flush; a person has to decide
+	CodeStale        = "stale-catalogue"  // the disks know more than the catalogue: ashlar recover
+	CodeInternal     = "internal"
+)
+
+// The states of an image on a disk.
+const (
+	ImagePending    = "pending"     // wanted, not begun
+	ImageStarting   = "starting"    // asked for
+	ImageInProgress = "in-progress" // bytes are coming
+	ImageReady      = "ready"
+	ImageFailed     = "failed"  // Message says why, and whether and when it is tried again
+	ImageUnknown    = "unknown" // the disk or the data process is away
+)
+
+// The sources of images.
+const (
+	SourceDownload = "download" // Parameters["url"]: http or https
+	SourceFile     = "file"     // Parameters["path"]: absolute, on the node
+)
+
+// The names of conditions, and their statuses.
+const (
+	ConditionScheduled          = "Scheduled"                // of a volume; owner: control
+	ConditionWaitForImage       = "WaitForBackingImage"      // of a volume with an image
+	ConditionImageIncompatible  = "BackingImageIncompatible" // of a volume smaller than its image
+	ConditionReady              = "Ready"                    // of a node, a disk
+	ConditionSchedulable        = "Schedulable"              // of a node, a disk
+	ConditionTrue               = "True"
+	ConditionFalse              = "False"
+	ConditionUnknown            = "Unknown"
+	ReasonSchedulingFailure     = "ReplicaSchedulingFailure"
+	ReasonWaiting               = "Waiting"
+	ReasonGetBackingImageFailed = "GetBackingImageFailed"
+)
+
+// The settings that plan reads, and their defaults.
+const (
+	// SettingOverProvisioning: the sizes of the replicas scheduled to a disk may add up to this many per cent of what it offers; 0: no limit.
+	SettingOverProvisioning        = "storage-over-provisioning-percentage"
+	SettingOverProvisioningDefault = "0"
+	// SettingMinimalFree: a disk with less than this per cent free takes no new replica or image.
+	SettingMinimalFree        = "storage-minimal-available-percentage"
+	SettingMinimalFreeDefault = "5"
+)
+
 // Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
 type Ticket struct {
 	ID              string    `json:"id"`   // "" for the REST API's own
@@ -142,7 +256,7 @@ type VolumeObserved struct {
 	Error      string               `json:"error,omitempty"` // why the wanted state could not be reached, for people
 }
 
-// ReplicaObserved is one replica as found.
+// ReplicaObserved is one replica as found. Created stays true until it was deleted, also while its disk is away.
 type ReplicaObserved struct {
 	ReplicaID      string `json:"replicaID"`
 	Node           string `json:"node"`
@@ -185,16 +299,23 @@ type Operation struct {
 	ID        string            `json:"id"`
 	Volume    string            `json:"volume"`
 	VolumeID  string            `json:"volumeID"`
-	Verb      string            `json:"verb"` // snapshot, revert, expand, snapshot-remove, purge, check
+	Verb      string            `json:"verb"`
 	Snapshot  string            `json:"snapshot,omitempty"`
 	SizeBytes int64             `json:"sizeBytes,omitempty"`
 	Labels    map[string]string `json:"labels,omitempty"`
 	Created   time.Time         `json:"created"`
-	State     string            `json:"state"`          // pending, running, done, failed
+	State     string            `json:"state"`
 	Progress  int               `json:"progress"`       // per cent
 	Code      string            `json:"code,omitempty"` // of the failure; one table in agent maps it from the data process's
 	Message   string            `json:"message,omitempty"`
+	Problems  []Problem         `json:"problems,omitempty"` // of a check, which is done also when it found some
 	Finished  *time.Time        `json:"finished,omitempty"` // done operations are deleted an hour later
+}
+
+// Problem is one finding of a check.
+type Problem struct {
+	Object string `json:"object"`
+	What   string `json:"what"`
 }
 
 // ImageWanted is an image as asked for. Owners: the API (all but Disks), control (Disks).
@@ -260,6 +381,16 @@ type NodeObserved struct {
 	Conditions map[string]Condition    `json:"conditions"`
 	Disks      map[string]DiskObserved `json:"disks"` // by name
 	Data       DataObserved            `json:"data"`  // its data process
+	Unrecorded []Unrecorded            `json:"unrecorded,omitempty"`
+}
+
+// Unrecorded is something on a node's disks, or open there, that no record names. It is left alone: it may be all that is left of something.
+type Unrecorded struct {
+	Kind   string `json:"kind"` // replica, image, volume
+	ID     string `json:"id"`
+	Name   string `json:"name"`
+	DiskID string `json:"diskID,omitempty"`
+	Bytes  int64  `json:"bytes"`
 }
 
 // DataObserved is what the agent knows of the data process.
