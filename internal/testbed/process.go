@@ -1,0 +1,206 @@
+// Package testbed starts Ashlar for proofs: one node as real processes in a scratch directory, driven through its own command line like a person
+// would, with verbs for what goes wrong (kill this process, kill that one). The demo, the benchmark and the integration tests stand on it.
+//
+// Read next: demo, bench, and the tests in this package.
+package testbed
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Process is one node as processes: `ashlar serve`, and the holder and the data process that it brings up. The verbs are not to be called concurrently, except
+// Run.
+type Process struct {
+	Bin     string // the program
+	DataDir string
+	RunDir  string
+	Listen  string // host:port of REST
+
+	serve *exec.Cmd
+	log   *os.File
+}
+
+// readyLimit bounds how long a node may take to answer.
+const readyLimit = 30 * time.Second
+
+// ErrNotReady: the node did not come up in time.
+var ErrNotReady = errors.New("node is not ready")
+
+// CommandError is a failed run of the command line.
+type CommandError struct {
+	Args   []string
+	Code   int // exit code; -1 when it did not start
+	Stderr string
+}
+
+// Error names the command, its code and what it said.
+func (e *CommandError) Error() string {
+	return fmt.Sprintf("ashlar %s: exit code %d: %s", strings.Join(e.Args, " "), e.Code, strings.TrimSpace(e.Stderr))
+}
+
+// StartProcess makes the directories below dir, starts `ashlar serve` and waits until it is ready. dir must be short: sockets lie in it.
+func StartProcess(ctx context.Context, bin, dir string) (*Process, error) {
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	p := &Process{Bin: bin, DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), Listen: "127.0.0.1:" + strconv.Itoa(port)}
+	for _, d := range []string{p.DataDir, p.RunDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if p.log, err = os.OpenFile(filepath.Join(dir, "serve.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
+		return nil, err
+	}
+	if err := p.StartServe(ctx); err != nil {
+		return nil, errors.Join(err, p.Stop(context.WithoutCancel(ctx)))
+	}
+	return p, nil
+}
+
+func freePort() (int, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	return port, l.Close()
+}
+
+// StartServe starts `ashlar serve` (again) and waits until it is ready.
+func (p *Process) StartServe(ctx context.Context) error {
+	p.serve = exec.Command(p.Bin, "serve", "--data-dir", p.DataDir, "--run-dir", p.RunDir, "--listen", p.Listen, "--name", "node1")
+	p.serve.Stdout, p.serve.Stderr = p.log, p.log
+	p.serve.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := p.serve.Start(); err != nil {
+		return err
+	}
+	err := Until(ctx, readyLimit, func() (bool, error) {
+		return p.Run(ctx, nil, "status") == nil, nil
+	})
+	if err != nil {
+		return fmt.Errorf("%w: see %s: %w", ErrNotReady, p.log.Name(), err)
+	}
+	return nil
+}
+
+// KillServe kills `ashlar serve` like the kernel would: at once, without a word.
+func (p *Process) KillServe() error {
+	if p.serve == nil {
+		return nil
+	}
+	if err := p.serve.Process.Kill(); err != nil {
+		return err
+	}
+	p.serve.Wait()
+	p.serve = nil
+	return nil
+}
+
+// Run runs the command line. With out, it asks for JSON and decodes it there.
+func (p *Process) Run(ctx context.Context, out any, args ...string) error {
+	full := append([]string{}, args...)
+	if out != nil {
+		full = append(full, "-o", "json")
+	}
+	stdout, err := p.Text(ctx, full...)
+	if err != nil || out == nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(stdout), out); err != nil {
+		return fmt.Errorf("ashlar %s: its JSON: %w: %s", strings.Join(args, " "), err, stdout)
+	}
+	return nil
+}
+
+// Text runs the command line and returns what it printed; a failure is a *CommandError.
+func (p *Process) Text(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, p.Bin, args...)
+	cmd.Env = append(os.Environ(), "ASHLAR_RUN_DIR="+p.RunDir)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		return stdout.String(), &CommandError{Args: args, Code: exit.ExitCode(), Stderr: stderr.String()}
+	}
+	if err != nil {
+		return "", &CommandError{Args: args, Code: -1, Stderr: err.Error()}
+	}
+	return stdout.String(), nil
+}
+
+// PID finds the process of this node that runs a subcommand ("data", "hold", "serve"), by its command line; 0 if there is none.
+func (p *Process) PID(subcommand string) int {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0
+	}
+	for _, d := range dirs {
+		line, err := os.ReadFile(filepath.Join(d, "cmdline"))
+		if err != nil {
+			continue
+		}
+		words := strings.Split(string(line), "\x00")
+		if len(words) < 2 || words[1] != subcommand || !bytes.Contains(line, []byte(p.RunDir)) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(d))
+		if err == nil {
+			return pid
+		}
+	}
+	return 0
+}
+
+// Kill sends SIGKILL to the process that runs a subcommand.
+func (p *Process) Kill(subcommand string) error {
+	pid := p.PID(subcommand)
+	if pid == 0 {
+		return fmt.Errorf("no `ashlar %s` is running: %w", subcommand, os.ErrNotExist)
+	}
+	return syscall.Kill(pid, syscall.SIGKILL)
+}
+
+// Stop shuts the node down in order, and kills what is left after that.
+func (p *Process) Stop(ctx context.Context) error {
+	err := p.Run(ctx, nil, "shutdown")
+	p.KillServe()
+	for _, sub := range []string{"hold", "data", "work"} { // the holder first, or it starts the others again
+		for p.PID(sub) != 0 {
+			p.Kill(sub)
+		}
+	}
+	return errors.Join(err, p.log.Close())
+}
+
+// Until calls try every few milliseconds until it is content, fails, or limit has passed.
+func Until(ctx context.Context, limit time.Duration, try func() (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, err := try()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
