@@ -1,0 +1,323 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"ashlar/internal/disk"
+)
+
+const (
+	// DefaultIdleTimeout is how long a server may send nothing.
+	DefaultIdleTimeout = 30 * time.Second
+	maxRedirects       = 10
+	userAgent          = "ashlar"
+)
+
+// FetchOptions says how to treat a server.
+type FetchOptions struct {
+	// IdleTimeout is how long the server may send nothing, at the start and in between; there is no limit on the whole. 0 means DefaultIdleTimeout.
+	IdleTimeout time.Duration
+	// MaxBytes is the most that is taken; 0 means the default of Limits.FileBytes.
+	MaxBytes int64
+	// Checksum is compared at the end; the zero value matches everything.
+	Checksum Checksum
+	// Progress, if not nil, is called with what has arrived and the announced total, -1 if there is none.
+	Progress func(doneBytes, totalBytes int64)
+}
+
+// Fetched is what Fetch received.
+type Fetched struct {
+	Bytes  int64
+	SHA512 string
+}
+
+// Fetch writes what the http(s) URL holds to w, hashing it on the way. Proxies are taken from the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), at most 10
+// redirects are followed, and no Referer is sent to the new place. After an error w holds any prefix of the file, or, after ErrChecksum, all of it.
+//
+// Errors: ErrSource if there is no connection or the answer is not 200 with a plain body, ErrStalled, ErrTruncated if the body ends early, ErrTooLarge,
+// ErrChecksum, what w says, and ctx's own.
+func Fetch(ctx context.Context, address string, w io.Writer, o FetchOptions) (Fetched, error) {
+	s, err := openURL(ctx, address, o)
+	if err != nil {
+		return Fetched{}, err
+	}
+	defer s.Close()
+	done, err := s.copyTo(w, o.Progress)
+	if err != nil {
+		return Fetched{}, err
+	}
+	if err := s.sums.check(); err != nil {
+		return Fetched{}, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return Fetched{Bytes: done, SHA512: s.sums.SHA512()}, nil
+}
+
+// stream is an open source, hashed as it is read.
+type stream struct {
+	name  string // for messages: no password, no query
+	total int64  // announced length, -1 if unknown
+	sums  *sums
+	max   int64
+	done  int64
+	read  func([]byte) (int, error)
+	abort context.CancelCauseFunc // ends a Read that waits; it then fails with the cause
+	close func() error
+}
+
+// Read gives ErrTooLarge when more than the limit arrives, and ErrTruncated when less than was announced does.
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.read(p)
+	s.done += int64(n)
+	s.sums.Write(p[:n])
+	switch {
+	case s.done > s.max:
+		return n, fmt.Errorf("%s: more than %d bytes: %w", s.name, s.max, ErrTooLarge)
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF) && s.total >= 0 && s.done < s.total:
+		return n, fmt.Errorf("%s: the source ended after %d of %d bytes: %w", s.name, s.done, s.total, ErrTruncated)
+	}
+	return n, err
+}
+
+// Close ends the transfer.
+func (s *stream) Close() error { return s.close() }
+
+// endWith makes a Read that waits give up when ctx ends; the result takes that back.
+func (s *stream) endWith(ctx context.Context) (stop func() bool) {
+	return context.AfterFunc(ctx, func() { s.abort(context.Cause(ctx)) })
+}
+
+// copyTo writes the rest to w.
+func (s *stream) copyTo(w io.Writer, progress func(done, total int64)) (int64, error) {
+	buf := make([]byte, 256<<10)
+	for {
+		n, err := s.Read(buf)
+		if n > 0 {
+			if _, err := w.Write(buf[:n]); err != nil {
+				return s.done, err
+			}
+			if progress != nil {
+				progress(s.done, s.total)
+			}
+		}
+		if err == io.EOF {
+			return s.done, nil
+		}
+		if err != nil {
+			return s.done, err
+		}
+	}
+}
+
+// isURL tells a URL from a path: a path never has "://" before its first slash.
+func isURL(source string) bool {
+	scheme, _, found := strings.Cut(source, "://")
+	return found && !strings.Contains(scheme, "/")
+}
+
+// parseURL takes http and https only.
+func parseURL(address string) (*url.URL, error) {
+	u, err := url.Parse(address)
+	if err != nil {
+		var e *url.Error
+		if errors.As(err, &e) {
+			err = e.Err // without the URL, which may hold a password
+		}
+		return nil, fmt.Errorf("image URL: %w: %w", err, ErrSource)
+	}
+	if u.Scheme != "http" && u.Scheme != "https" {
+		return nil, fmt.Errorf("image URL with scheme %q: want http or https: %w", u.Scheme, ErrUnsupported)
+	}
+	if u.Host == "" {
+		return nil, fmt.Errorf("image URL %s names no host: %w", displayURL(u), ErrSource)
+	}
+	return u, nil
+}
+
+// displayURL is a URL without what may be secret: user, password, query (signed URLs) and fragment.
+func displayURL(u *url.URL) string {
+	shown := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}
+	return shown.String()
+}
+
+// openURL sends the request and checks the answer's head.
+func openURL(ctx context.Context, address string, o FetchOptions) (*stream, error) {
+	u, err := parseURL(address)
+	if err != nil {
+		return nil, err
+	}
+	s := &stream{name: displayURL(u), sums: newSums(o.Checksum), max: Limits{FileBytes: o.MaxBytes}.withDefaults().FileBytes}
+	idle := o.IdleTimeout
+	if idle <= 0 {
+		idle = DefaultIdleTimeout
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	watch := time.AfterFunc(idle, func() { cancel(ErrStalled) })
+	transport := newTransport()
+	s.abort = cancel
+	var resp *http.Response
+	s.close = func() (err error) {
+		watch.Stop()
+		cancel(nil) // first: closing a body would otherwise wait for some of the rest
+		if resp != nil {
+			err = resp.Body.Close()
+		}
+		transport.CloseIdleConnections()
+		return err
+	}
+	if resp, err = get(ctx, transport, u); err == nil {
+		err = s.accept(resp)
+	}
+	if err != nil {
+		err = s.explain(ctx, err, idle, ErrSource)
+		s.close()
+		return nil, err
+	}
+	watch.Stop()
+	s.read = func(p []byte) (int, error) {
+		watch.Reset(idle) // it runs only while we wait for the server, not while it waits for us
+		n, err := resp.Body.Read(p)
+		watch.Stop()
+		if err != nil && err != io.EOF {
+			err = s.explain(ctx, err, idle, ErrTruncated)
+		}
+		return n, err
+	}
+	return s, nil
+}
+
+// explain finds the reason behind an error of net/http: a stall, the caller's cancellation, or otherwise.
+func (s *stream) explain(ctx context.Context, err error, idle time.Duration, otherwise error) error {
+	switch cause := context.Cause(ctx); {
+	case cause == ErrStalled:
+		return fmt.Errorf("%s: no data for %v, after %d bytes: %w", s.name, idle, s.done, ErrStalled)
+	case errors.Is(err, ErrSource), errors.Is(err, ErrTooLarge), errors.Is(err, ErrUnsupported):
+		return fmt.Errorf("%s: %w", s.name, err)
+	case cause != nil && cause != context.Canceled || ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return fmt.Errorf("%s: %w", s.name, cause)
+	}
+	var e *url.Error
+	if errors.As(err, &e) {
+		err = e.Err // its own message repeats the whole URL
+	}
+	return fmt.Errorf("%s: after %d bytes: %w: %w", s.name, s.done, err, otherwise)
+}
+
+func newTransport() *http.Transport {
+	return &http.Transport{
+		Proxy:              http.ProxyFromEnvironment,
+		DialContext:        (&net.Dialer{KeepAlive: 15 * time.Second}).DialContext,
+		ForceAttemptHTTP2:  true,
+		DisableCompression: true, // the checksum is of the file, not of what it becomes on the way
+	}
+}
+
+func get(ctx context.Context, transport *http.Transport, u *url.URL) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrSource)
+	}
+	req.Header.Set("User-Agent", userAgent)
+	client := http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+		if len(via) > maxRedirects {
+			return fmt.Errorf("more than %d redirects: %w", maxRedirects, ErrSource)
+		}
+		req.Header.Del("Referer") // it would carry our URL, perhaps a signed one, to somebody else
+		if req.URL.Scheme != "http" && req.URL.Scheme != "https" {
+			return fmt.Errorf("redirected to scheme %q: %w", req.URL.Scheme, ErrSource)
+		}
+		return nil
+	}}
+	return client.Do(req)
+}
+
+// accept wants an answer of 200 with a body whose end can be recognised.
+func (s *stream) accept(resp *http.Response) error {
+	s.total = resp.ContentLength
+	chunked := len(resp.TransferEncoding) > 0 || resp.ProtoMajor >= 2
+	encoding := resp.Header.Get("Content-Encoding")
+	switch {
+	case resp.StatusCode != http.StatusOK:
+		return fmt.Errorf("the server answered %d %s: %w", resp.StatusCode, http.StatusText(resp.StatusCode), ErrSource)
+	case encoding != "" && encoding != "identity":
+		return fmt.Errorf("the server packs the file on the way (Content-Encoding %q): %w", encoding, ErrSource)
+	case s.total > s.max:
+		return fmt.Errorf("the file is %d bytes, the limit is %d: %w", s.total, s.max, ErrTooLarge)
+	case s.total < 0 && !chunked && s.sums.want.Hex == "":
+		return fmt.Errorf("the server does not tell the file's length, so that a cut cannot be seen; give a checksum: %w", ErrSource)
+	}
+	return nil
+}
+
+// localFile is a file of this machine that a user named.
+type localFile struct {
+	disk.File
+	path string
+	info fs.FileInfo
+}
+
+// openLocal opens a regular file by its absolute path; symbolic links are followed, by name once.
+func openLocal(path string, maxBytes int64) (*localFile, error) {
+	if !filepath.IsAbs(path) {
+		return nil, fmt.Errorf("image file %q: want an absolute path, or an http(s) URL: %w", path, ErrSource)
+	}
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return nil, fmt.Errorf("image file: %w: %w", err, ErrSource)
+	}
+	info, err := os.Lstat(real)
+	if err != nil {
+		return nil, fmt.Errorf("image file: %w: %w", err, ErrSource)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("image file %s is no regular file (%s): %w", path, info.Mode().Type(), ErrSource)
+	}
+	if info.Size() > maxBytes {
+		return nil, fmt.Errorf("image file %s is %d bytes, the limit is %d: %w", path, info.Size(), maxBytes, ErrTooLarge)
+	}
+	dir, err := disk.OpenReal(filepath.Dir(real), disk.RealOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("image file: %w: %w", err, ErrSource)
+	}
+	f, err := dir.OpenRead(filepath.Base(real))
+	if err := errors.Join(err, dir.Close()); err != nil {
+		return nil, fmt.Errorf("image file: %w: %w", err, ErrSource)
+	}
+	return &localFile{File: f, path: real, info: info}, nil
+}
+
+// unchanged is asked after everything was read: the sums and the content were read at different times and must belong together.
+func (l *localFile) unchanged() error {
+	now, err := os.Lstat(l.path)
+	if err != nil {
+		return fmt.Errorf("image file: %w: %w", err, ErrSource)
+	}
+	if !os.SameFile(now, l.info) || now.Size() != l.info.Size() || !now.ModTime().Equal(l.info.ModTime()) {
+		return fmt.Errorf("image file %s changed while it was read: %w", l.path, ErrSource)
+	}
+	return nil
+}
+
+// stream reads the file from its start.
+func (l *localFile) stream(ctx context.Context, want Checksum, maxBytes int64) *stream {
+	ctx, cancel := context.WithCancelCause(ctx)
+	r := io.NewSectionReader(l.File, 0, l.info.Size())
+	return &stream{name: l.path, total: l.info.Size(), sums: newSums(want), max: maxBytes, abort: cancel,
+		close: func() error { cancel(nil); return nil },
+		read: func(p []byte) (int, error) {
+			if err := context.Cause(ctx); err != nil {
+				return 0, err
+			}
+			return r.Read(p)
+		}}
+}
