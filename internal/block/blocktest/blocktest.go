@@ -6,6 +6,7 @@ package blocktest
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"testing"
@@ -162,18 +163,15 @@ func wantExtents(t testing.TB, d block.Device, off, n int64, want []byte) {
 func fill(n int, c byte) []byte { return bytes.Repeat([]byte{c}, n) }
 
 func allZero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 // noise fills b with bytes that are never 0.
 func noise(r *rand.Rand, b []byte) {
-	for i := range b {
-		b[i] = byte(r.IntN(255)) + 1
+	for len(b) > 0 {
+		var word [8]byte
+		binary.LittleEndian.PutUint64(word[:], r.Uint64()|0x0101010101010101)
+		b = b[copy(b, word[:]):]
 	}
 }
 

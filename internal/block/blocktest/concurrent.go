@@ -71,7 +71,7 @@ func checkDisjoint(t testing.TB, c Config) {
 func checkSameUnits(t testing.TB, c Config) {
 	d := c.open(t, sizeBytes)
 	const units = 16
-	for range 20 {
+	for range 30 {
 		parallel(t, "concurrent calls on the same units", func(w int, r *rand.Rand) {
 			for range 6 {
 				first := r.Int64N(units)
