@@ -1,0 +1,115 @@
+// Package api is the REST interface: Longhorn's /v1 dialect, so that existing clients work unchanged, and what Ashlar adds in the same style. It turns
+// requests into records of the catalogue and records into resources; it decides nothing about placement and touches no bytes. The dialect stops here:
+// docs/rest.md says what is served, docs/compat.md which parts of the dialect mean nothing in Ashlar.
+//
+// Read next: resource.go (the shapes on the wire), route.go (which request goes where), volume.go, operation.go (verbs that wait), client (the other end).
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"time"
+
+	"ashlar/internal/catalog"
+)
+
+// Config is what a Handler needs of the world.
+type Config struct {
+	// Catalog holds the records. Required.
+	Catalog catalog.Catalog
+	// Extra answers what is no record; nil makes those verbs answer 501.
+	Extra Extra
+	// Node is the name of the node that answers.
+	Node string
+	// Version is this build's.
+	Version string
+	// Now tells the time; nil means time.Now.
+	Now func() time.Time
+	// Random makes ids; nil means the kernel's generator. It is read under no lock, so a reader that is not the kernel's must allow concurrent reads.
+	Random io.Reader
+	// OperationTimeout bounds how long a snapshot verb waits for its result; zero means 60 s. The operation goes on after it.
+	OperationTimeout time.Duration
+	// CodeOf gives the code (one of this package's, as text) of an error that Extra returned; nil reads only the catalogue's sentinels.
+	CodeOf func(error) string
+	// Log takes what a client cannot be told: panics and unreadable records. Nil discards.
+	Log *slog.Logger
+}
+
+// Extra is what is no record and still has to be asked of a node. The agent implements it; its methods speak in plain types because the agent and this package
+// do not know each other. All methods may be called concurrently.
+type Extra interface {
+	// VolumeCounters calls each once for every volume that is open on this node, with what its frontend did since it was opened: readOps, writeOps, flushOps,
+	// zeroOps, readBytes, writeBytes, errors, clients. A counter it does not have is left out.
+	VolumeCounters(ctx context.Context, each func(volume string, counters map[string]uint64)) error
+	// Shutdown begins to stop this node, guests' I/O included: volumes are flushed and closed, then the data process, the holder and serve end. It returns
+	// when that has begun, so that the answer can still be sent.
+	Shutdown(ctx context.Context) error
+}
+
+// Handler answers the REST API. It may be called concurrently and keeps nothing but what the catalogue keeps: any number of them may serve one catalogue.
+type Handler struct {
+	cfg    Config
+	nouns  map[string]*noun
+	origin *http.CrossOriginProtection
+}
+
+var _ http.Handler = (*Handler)(nil)
+
+// New returns a Handler. It panics without a Catalog, which is a mistake of the program.
+func New(cfg Config) *Handler {
+	if cfg.Catalog == nil {
+		panic("api: New without a Catalog")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Random == nil {
+		cfg.Random = rand.Reader
+	}
+	if cfg.OperationTimeout == 0 {
+		cfg.OperationTimeout = time.Minute
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	h := &Handler{cfg: cfg, origin: http.NewCrossOriginProtection()}
+	h.nouns = h.routes()
+	return h
+}
+
+// newID returns a new random id, 32 hex digits. Ids are never used again.
+func (h *Handler) newID() (string, error) {
+	var b [16]byte
+	if _, err := io.ReadFull(h.cfg.Random, b[:]); err != nil {
+		return "", fmt.Errorf("new id: %w", err)
+	}
+	return hex.EncodeToString(b[:]), nil
+}
+
+// ErrListen: the address to listen on is refused.
+var ErrListen = errors.New("listening beyond loopback needs TLS and a credential, which this build does not have")
+
+// CheckListen tells whether the REST API may listen on a TCP address: loopback only. Anything else is ErrListen, also an empty host, which would be every
+// interface, and a name other than localhost, which could come to mean another machine.
+func CheckListen(addr string) error {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return fmt.Errorf("listen on %q: %w (want HOST:PORT, for example 127.0.0.1:9500)", addr, err)
+	}
+	if host == "localhost" {
+		return nil
+	}
+	ip, err := netip.ParseAddr(host)
+	if err != nil || !ip.Unmap().IsLoopback() {
+		return fmt.Errorf("listen on %q: %w; use 127.0.0.1:PORT and a tunnel", addr, ErrListen)
+	}
+	return nil
+}

@@ -1,0 +1,353 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"path"
+	"slices"
+	"strings"
+
+	"ashlar/internal/catalog"
+)
+
+// imageView is everything an image's resource is made of.
+type imageView struct {
+	wanted   catalog.ImageWanted
+	observed catalog.ImageObserved
+}
+
+func (h *Handler) loadImage(ctx context.Context, name string) (imageView, error) {
+	var v imageView
+	w, ok, err := find[catalog.ImageWanted](ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, name))
+	if err != nil {
+		return v, err
+	}
+	if !ok {
+		return v, Failure(CodeNotFound, "image %s: there is no such image", quote(name))
+	}
+	o, _, err := find[catalog.ImageObserved](ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Observed, name))
+	return newImageView(w, o), err
+}
+
+func newImageView(w catalog.ImageWanted, o catalog.ImageObserved) imageView {
+	v := imageView{wanted: w}
+	// A record of an earlier image of this name says nothing of this one.
+	if o.ID == w.ID {
+		v.observed = o
+	}
+	return v
+}
+
+func (h *Handler) imageList(c *call) (any, error) {
+	l, err := list[catalog.ImageWanted, catalog.ImageObserved](c.r.Context(), h, catalog.KindImage)
+	if err != nil {
+		return nil, err
+	}
+	data := make([]BackingImage, 0, len(l.wanted))
+	for _, name := range l.names() {
+		data = append(data, h.image(c, newImageView(l.wanted[name], l.observed[name])))
+	}
+	return collect(c, c.noun.schema, data), nil
+}
+
+func (h *Handler) imageGet(c *call) (any, error) {
+	v, err := h.loadImage(c.r.Context(), c.id)
+	if err != nil {
+		return nil, err
+	}
+	return h.image(c, v), nil
+}
+
+// image makes the resource.
+func (h *Handler) image(c *call, v imageView) BackingImage {
+	w, o := v.wanted, v.observed
+	res := BackingImage{
+		Resource: c.resource(w.Name, "backingImageCleanup", "updateMinNumberOfCopies"), Name: w.Name, UUID: w.ID, SourceType: w.SourceType,
+		Parameters: map[string]string{}, ExpectedChecksum: strings.TrimPrefix(w.ExpectedChecksum, "sha512:"), CurrentChecksum: o.CurrentChecksum,
+		MinNumberOfCopies: w.MinCopies, NodeSelector: []string{}, DiskSelector: []string{}, DataEngine: "v1", DiskFileStatusMap: map[string]DiskFile{},
+		Size: o.SizeBytes, VirtualSize: o.VirtualSizeBytes, Created: stamp(w.Created), Format: o.Format, Digest: o.Digest,
+	}
+	maps.Copy(res.Parameters, w.Parameters)
+	if w.Deleted != nil {
+		res.DeletionTimestamp = stamp(*w.Deleted)
+	}
+	for _, disk := range w.Disks {
+		res.DiskFileStatusMap[disk] = DiskFile{Message: "File processing is not started", DataEngine: "v1"}
+	}
+	for disk, d := range o.Disks {
+		res.DiskFileStatusMap[disk] = DiskFile{
+			State: d.State, Progress: d.Progress, Message: d.Message, LastStateTransitionTime: stamp(d.LastTransitionTime), DataEngine: "v1",
+			AllocatedBytes: d.AllocatedBytes,
+		}
+	}
+	return res
+}
+
+type imageInput struct {
+	Name              string            `json:"name"`
+	SourceType        string            `json:"sourceType"`
+	Parameters        map[string]string `json:"parameters"`
+	ExpectedChecksum  string            `json:"expectedChecksum"`
+	MinNumberOfCopies int               `json:"minNumberOfCopies"`
+	DataEngine        string            `json:"dataEngine"`
+	Secret            string            `json:"secret"`
+	NodeSelector      []string          `json:"nodeSelector"`
+	DiskSelector      []string          `json:"diskSelector"`
+}
+
+func (h *Handler) imageCreate(c *call) (any, error) {
+	var in imageInput
+	if err := c.body(&in); err != nil {
+		return nil, err
+	}
+	if err := checkName("image", in.Name); err != nil {
+		return nil, err
+	}
+	if err := in.check(); err != nil {
+		return nil, err
+	}
+	source, err := in.source(c.r)
+	if err != nil {
+		return nil, err
+	}
+	sum, err := checksum(in.Name, in.ExpectedChecksum)
+	if err != nil {
+		return nil, err
+	}
+	ctx := c.r.Context()
+	w := catalog.ImageWanted{
+		Name: in.Name, SourceType: in.SourceType, Parameters: source, ExpectedChecksum: sum, MinCopies: in.MinNumberOfCopies, Created: h.cfg.Now().UTC(),
+	}
+	if w.MinCopies == 0 {
+		if w.MinCopies, err = h.settingNumber(ctx, settingImageCopies); err != nil {
+			return nil, err
+		}
+	}
+	if w.ID, err = h.newID(); err != nil {
+		return nil, err
+	}
+	_, err = catalog.Write(ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, w.Name), w, 0)
+	if errors.Is(err, catalog.ErrConflict) {
+		return nil, Failure(CodeExists, "image %s exists already, or is being deleted; choose another name, or delete it first", w.Name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	c.id = w.Name
+	return h.imageGet(c)
+}
+
+// check refuses what this build does not do, rather than to ignore it.
+func (in *imageInput) check() error {
+	refuse := func(what string) error { return Failure(CodeNotBuilt, "image %s: %s: not built yet", in.Name, what) }
+	switch {
+	case in.MinNumberOfCopies < 0 || in.MinNumberOfCopies > 20:
+		return Failure(CodeInvalid, "image %s: minNumberOfCopies is %d; 1 to 20 are allowed", in.Name, in.MinNumberOfCopies)
+	case in.DataEngine != "" && in.DataEngine != "v1":
+		return Failure(CodeNotSupported, "image %s: %s backing image is not supported", in.Name, quote(in.DataEngine))
+	case in.Secret != "":
+		return refuse("encryption")
+	case len(in.DiskSelector) > 0 || len(in.NodeSelector) > 0:
+		return refuse("disk and node selectors")
+	}
+	switch in.SourceType {
+	case catalog.SourceDownload, catalog.SourceFile:
+		return nil
+	case "upload", "export-from-volume", "restore", "clone":
+		return refuse("source type " + in.SourceType)
+	}
+	return Failure(CodeInvalid, "image %s: there is no source type %s; use %q with a url, or %q with a path", in.Name, quote(in.SourceType),
+		catalog.SourceDownload, catalog.SourceFile)
+}
+
+// source checks where the image comes from and returns the parameters that are kept.
+func (in *imageInput) source(r *http.Request) (map[string]string, error) {
+	bad := func(format string, args ...any) error {
+		return Failure(CodeInvalid, "image "+in.Name+": "+format, args...)
+	}
+	if in.SourceType == catalog.SourceFile {
+		p := in.Parameters["path"]
+		switch {
+		case p == "":
+			return nil, bad("parameters.path is missing")
+		case !path.IsAbs(p) || path.Clean(p) != p || len(p) > 4096 || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }):
+			return nil, bad("path %s must be absolute, without \"..\" and control characters", quote(p))
+		case !overUnixSocket(r):
+			// Whoever may name a path may read any file of the node as a disk; the socket's mode says who may.
+			return nil, Failure(CodeForbidden, "image %s: a path on the node can be named only over the node's unix socket; use `ashlar image import`, "+
+				"or serve the file over http", in.Name)
+		}
+		return map[string]string{"path": p}, nil
+	}
+	raw := in.Parameters["url"]
+	if raw == "" {
+		return nil, bad("parameters.url is missing")
+	}
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || len(raw) > 4096:
+		return nil, bad("url %s cannot be read", quote(raw))
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, bad("url %s must begin with http:// or https://", quote(raw))
+	case u.Hostname() == "":
+		return nil, bad("url %s names no host", quote(raw))
+	case u.User != nil:
+		return nil, bad("a url with a password in it would be shown to everybody who can list images; use one without")
+	}
+	return map[string]string{"url": raw}, nil
+}
+
+// overUnixSocket tells whether a request came over a unix socket rather than TCP.
+func overUnixSocket(r *http.Request) bool {
+	addr, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && addr.Network() == "unix"
+}
+
+// checksum reads an expected checksum: the dialect's bare SHA-512, or sha512:HEX or sha256:HEX. It returns the record's form.
+func checksum(image, s string) (string, error) {
+	if s == "" {
+		return "", nil
+	}
+	kind, sum, ok := strings.Cut(s, ":")
+	if !ok {
+		kind, sum = "sha512", s
+	}
+	sum = strings.ToLower(sum)
+	digits := map[string]int{"sha512": 128, "sha256": 64}[kind]
+	if digits == 0 || len(sum) != digits || strings.Trim(sum, "0123456789abcdef") != "" {
+		return "", Failure(CodeInvalid, "image %s: checksum %s must be sha512: and 128 hex digits, or sha256: and 64", image, quote(s))
+	}
+	return kind + ":" + sum, nil
+}
+
+// users names the volumes that stand on an image, also those that are being deleted.
+func users(volumes listed[catalog.VolumeWanted, catalog.VolumeObserved], imageID string) []string {
+	var out []string
+	for _, name := range volumes.names() {
+		v := volumes.wanted[name]
+		if v.ImageID != imageID {
+			continue
+		}
+		if v.Deleted != nil {
+			name += " (being deleted)"
+		}
+		out = append(out, name)
+	}
+	return out
+}
+
+// imageDelete asks for the image's end and returns at once. Refused while volumes stand on it. Asking again is no error.
+func (h *Handler) imageDelete(c *call) (any, error) {
+	ctx := c.r.Context()
+	v, err := h.loadImage(ctx, c.id)
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := list[catalog.VolumeWanted, catalog.VolumeObserved](ctx, h, catalog.KindVolume)
+	if err != nil {
+		return nil, err
+	}
+	if in := users(volumes, v.wanted.ID); len(in) > 0 {
+		return nil, Failure(CodeInUse, "image %s is in use by %s; delete them first", c.id, volumeWord(in))
+	}
+	_, _, err = catalog.Update(ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, c.id), func(w *catalog.ImageWanted) error {
+		if w.Deleted == nil && w.ID == v.wanted.ID {
+			now := h.cfg.Now().UTC()
+			w.Deleted = &now
+		}
+		return nil
+	})
+	return nil, h.gone(c, err)
+}
+
+func volumeWord(names []string) string {
+	if len(names) == 1 {
+		return "volume " + names[0]
+	}
+	return "volumes " + strings.Join(names, ", ")
+}
+
+func (h *Handler) imageActions() map[string]handler {
+	return map[string]handler{
+		"backingImageCleanup":      h.imageCleanup,
+		"updateMinNumberOfCopies":  h.imageCopies,
+		"upload":                   notBuilt("upload (images from a client)"),
+		"backupBackingImageCreate": notBuilt("backupBackingImageCreate (backups)"),
+	}
+}
+
+type copiesInput struct {
+	MinNumberOfCopies int `json:"minNumberOfCopies"`
+}
+
+func (h *Handler) imageCopies(c *call) (any, error) {
+	var in copiesInput
+	if err := c.body(&in); err != nil {
+		return nil, err
+	}
+	if in.MinNumberOfCopies < 1 || in.MinNumberOfCopies > 20 {
+		return nil, Failure(CodeInvalid, "image %s: minNumberOfCopies is %d; 1 to 20 are allowed", quote(c.id), in.MinNumberOfCopies)
+	}
+	_, _, err := catalog.Update(c.r.Context(), h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, c.id), func(w *catalog.ImageWanted) error {
+		w.MinCopies = in.MinNumberOfCopies
+		return nil
+	})
+	if err != nil {
+		return nil, h.gone(c, err)
+	}
+	return h.imageGet(c)
+}
+
+type cleanupInput struct {
+	Disks []string `json:"disks"`
+}
+
+// imageCleanup gives up the copies on some disks: refused where a volume stands on one, or where too few ready copies would be left. Disks without a copy are
+// ignored.
+func (h *Handler) imageCleanup(c *call) (any, error) {
+	var in cleanupInput
+	if err := c.body(&in); err != nil {
+		return nil, err
+	}
+	ctx := c.r.Context()
+	v, err := h.loadImage(ctx, c.id)
+	if err != nil {
+		return nil, err
+	}
+	volumes, err := list[catalog.VolumeWanted, catalog.VolumeObserved](ctx, h, catalog.KindVolume)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range volumes.names() {
+		w := volumes.wanted[name]
+		for _, r := range w.Replicas {
+			if w.ImageID == v.wanted.ID && slices.Contains(in.Disks, r.DiskID) {
+				return nil, Failure(CodeInUse, "image %s: its copy on disk %s is in use by volume %s", c.id, r.DiskID, name)
+			}
+		}
+	}
+	left, going := 0, false
+	for disk, d := range v.observed.Disks {
+		going = going || slices.Contains(in.Disks, disk)
+		if d.State == catalog.ImageReady && !slices.Contains(in.Disks, disk) {
+			left++
+		}
+	}
+	if going && left < max(1, v.wanted.MinCopies) {
+		return nil, Failure(CodeConflict, "image %s: %d ready copies would be left, fewer than the %d wanted", c.id, left, max(1, v.wanted.MinCopies))
+	}
+	_, _, err = catalog.Update(ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, c.id), func(w *catalog.ImageWanted) error {
+		if w.ID == v.wanted.ID && going {
+			w.Disks = slices.DeleteFunc(w.Disks, func(d string) bool { return slices.Contains(in.Disks, d) })
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, h.gone(c, err)
+	}
+	return h.imageGet(c)
+}
