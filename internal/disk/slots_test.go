@@ -249,3 +249,23 @@ func FuzzDecodeSlot(f *testing.F) {
 		}
 	})
 }
+
+// TestSlotGolden reads a slot of version 1 as it was first written. It stays for ever.
+func TestSlotGolden(t *testing.T) {
+	b, err := os.ReadFile("testdata/slot-v1.bin")
+	must(t, err)
+	payload, seq, ok := disk.DecodeSlot(b)
+	if !ok || seq != 42 || string(payload) != "golden record" {
+		t.Errorf("DecodeSlot = %q, %d, %v", payload, seq, ok)
+	}
+	if !bytes.Equal(disk.EncodeSlot([]byte("golden record"), 42), b) {
+		t.Error("EncodeSlot writes other bytes now")
+	}
+	for i := range 32 + len("golden record") { // every byte counts
+		c := bytes.Clone(b)
+		c[i] ^= 0x10
+		if _, _, ok := disk.DecodeSlot(c); ok {
+			t.Errorf("a slot with byte %d changed is taken", i)
+		}
+	}
+}
