@@ -321,3 +321,16 @@ func (l *localFile) stream(ctx context.Context, want Checksum, maxBytes int64) *
 			return r.Read(p)
 		}}
 }
+
+// DisplaySource is a source as it may be shown and stored: a URL without user, password, query and fragment, where signed URLs keep their secrets; a path
+// as it is.
+func DisplaySource(source string) string {
+	if !isURL(source) {
+		return source
+	}
+	u, err := parseURL(source)
+	if err != nil {
+		return ""
+	}
+	return displayURL(u)
+}
