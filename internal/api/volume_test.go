@@ -423,7 +423,7 @@ func TestCheck(t *testing.T) {
 	})
 }
 
-// TestPairs wants what the dialect says of settings and nodes: only changed settings have a record; a volume takes the default number of copies.
+// TestSettingsAct wants what the dialect says of settings and nodes: only changed settings have a record; a volume takes the default number of copies.
 func TestSettingsAct(t *testing.T) {
 	for name, s := range settings() {
 		if s.standard() == "" && s.kind != "string" {

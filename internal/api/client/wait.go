@@ -1,0 +1,86 @@
+package client
+
+import (
+	"context"
+	"time"
+
+	"ashlar/internal/api"
+)
+
+// The bounds of the pause between two looks: short at first, because most waits end at once.
+const (
+	pauseMin = 5 * time.Millisecond
+	pauseMax = 500 * time.Millisecond
+)
+
+// until looks again and again until look says that it has seen what it waits for, fails, or ctx ends (its error).
+func until(ctx context.Context, look func() (bool, error)) error {
+	for pause := pauseMin; ; pause = min(pause*3/2, pauseMax) {
+		if ok, err := look(); ok || err != nil {
+			return err
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		}
+	}
+}
+
+// WaitVolume looks at a volume until done says so or fails, or ctx ends (its error). It returns the volume as last seen.
+func (c *Client) WaitVolume(ctx context.Context, name string, done func(api.Volume) (bool, error)) (api.Volume, error) {
+	var v api.Volume
+	err := until(ctx, func() (bool, error) {
+		seen, err := c.Volume(ctx, name)
+		if err != nil {
+			return false, err
+		}
+		v = seen
+		return done(v)
+	})
+	return v, err
+}
+
+// WaitImage is WaitVolume for an image.
+func (c *Client) WaitImage(ctx context.Context, name string, done func(api.BackingImage) (bool, error)) (api.BackingImage, error) {
+	var img api.BackingImage
+	err := until(ctx, func() (bool, error) {
+		seen, err := c.Image(ctx, name)
+		if err != nil {
+			return false, err
+		}
+		img = seen
+		return done(img)
+	})
+	return img, err
+}
+
+// WaitVolumeGone waits until there is no volume of that name.
+func (c *Client) WaitVolumeGone(ctx context.Context, name string) error {
+	return until(ctx, func() (bool, error) {
+		_, err := c.Volume(ctx, name)
+		return gone(err)
+	})
+}
+
+// WaitImageGone waits until there is no image of that name.
+func (c *Client) WaitImageGone(ctx context.Context, name string) error {
+	return until(ctx, func() (bool, error) {
+		_, err := c.Image(ctx, name)
+		return gone(err)
+	})
+}
+
+func gone(err error) (bool, error) {
+	if api.CodeOf(err) == api.CodeNotFound {
+		return true, nil
+	}
+	return false, err
+}
+
+// WaitReady waits until the node answers that it is ready.
+func (c *Client) WaitReady(ctx context.Context) error {
+	return until(ctx, func() (bool, error) { return c.Ready(ctx) == nil, nil })
+}
