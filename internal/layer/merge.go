@@ -1,0 +1,224 @@
+package layer
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"path"
+
+	"ashlar/internal/block"
+	"ashlar/internal/disk"
+)
+
+// MergeSpec says what Merge makes.
+type MergeSpec struct {
+	Upper, Lower *Layer // sealed; Lower is Upper's parent, and not larger
+	// Meta is the new layer's header. ID is new; State, Settled and Sums are set by Merge.
+	Meta     Meta
+	Options  Options
+	Progress func(doneBytes, totalBytes int64) // may be nil; total is Upper's size
+}
+
+// Merge makes one sealed and settled layer of two, durable with its name: what Upper has, and what Lower has where Upper is Absent. Extents are shared where the
+// file system can, else copied and compared with their checksums (block.ErrCorrupt). The result has checksums if both have, or if it was copied;
+// otherwise Settle makes them. A failure or a cancelled ctx leaves no file; a crash leaves one in state building. Upper and Lower stay as they are, and must not be pruned
+// meanwhile.
+func Merge(ctx context.Context, fsys disk.FS, name string, spec MergeSpec) (*Layer, error) {
+	if !spec.Upper.sealed.Load() || !spec.Lower.sealed.Load() || spec.Lower.sb.SizeBytes > spec.Upper.sb.SizeBytes {
+		return nil, fmt.Errorf("layer: merge %s and %s: not sealed, or the lower one is larger: %w", spec.Upper.sb.ID, spec.Lower.sb.ID, ErrState)
+	}
+	m := spec.Meta.clone()
+	m.State, m.Settled, m.Sums, m.Failed = StateBuilding, false, false, false
+	l, err := Create(fsys, name, m, spec.Upper.sb.SizeBytes, spec.Options)
+	if err != nil {
+		return nil, err
+	}
+	g := &merger{ctx: ctx, spec: spec, into: l, share: true, summed: true, buf: make([]byte, sumChunk)}
+	if err := g.run(); err != nil {
+		err = fmt.Errorf("layer: merge %s and %s: %w", spec.Upper.sb.ID, spec.Lower.sb.ID, mapError(err))
+		return nil, errors.Join(err, l.Close(), fsys.Remove(name), fsys.SyncDir(path.Dir(name)))
+	}
+	return l, nil
+}
+
+// merger is a Merge under way.
+type merger struct {
+	ctx    context.Context
+	spec   MergeSpec
+	into   *Layer
+	share  bool // the file system has not refused to share extents yet
+	summed bool // all Data so far has a checksum
+	buf    []byte
+	sums   [pageUnits]uint32 // of the page being made
+}
+
+func (g *merger) run() error {
+	l := g.into
+	for page := range l.mapPages() {
+		if err := g.ctx.Err(); err != nil {
+			return err
+		}
+		if err := g.page(page); err != nil {
+			return err
+		}
+		if g.spec.Progress != nil {
+			g.spec.Progress(min((page+1)*pageUnits*unitBytes, l.sb.SizeBytes), l.sb.SizeBytes)
+		}
+	}
+	if err := l.f.Sync(); err != nil {
+		return err
+	}
+	err := l.changeMeta(func(m *Meta) error {
+		m.State, m.Settled, m.Sums = StateSealed, true, g.summed
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return l.f.Punch(l.sb.Log.Off, l.sb.Log.N)
+}
+
+// page makes one map page of the result, with its units and checksums.
+func (g *merger) page(page int64) error {
+	var codes, lower [pageBytes]byte
+	inUpper, err := g.codes(g.spec.Upper, page, codes[:])
+	if err != nil {
+		return err
+	}
+	inLower, err := g.codes(g.spec.Lower, page, lower[:])
+	if err != nil || !inUpper && !inLower {
+		return err
+	}
+	clear(g.sums[:])
+	units := int(min(pageUnits, g.into.sb.units()-page*pageUnits))
+	for i := 0; i < units; {
+		from, state, n := g.choose(codes[:], lower[:], i, units)
+		if state == block.Data {
+			if err := g.copy(from, page*pageUnits+int64(i), int64(n)); err != nil {
+				return err
+			}
+		}
+		if from == g.spec.Lower {
+			setCodes(codes[:], i, n, state)
+		}
+		i += n
+	}
+	if _, err := g.into.f.WriteAt(codes[:], g.into.sb.Map.Off+page*pageBytes); err != nil {
+		return err
+	}
+	return g.writeSums(page)
+}
+
+// codes reads a map page, if the layer has it.
+func (g *merger) codes(l *Layer, page int64, codes []byte) (bool, error) {
+	has, err := l.hasPage(page)
+	if err != nil || !has {
+		return false, err
+	}
+	return l.readPage(page, codes)
+}
+
+// choose returns the layer that unit i of a page comes from, its state, and how many units follow of which both are true.
+func (g *merger) choose(upper, lower []byte, i, units int) (from *Layer, state block.State, n int) {
+	at := func(i int) (*Layer, block.State) {
+		if s := codeAt(upper, i); s != block.Absent {
+			return g.spec.Upper, s
+		}
+		return g.spec.Lower, codeAt(lower, i)
+	}
+	from, state = at(i)
+	for n = 1; i+n < units; n++ {
+		if f, s := at(i + n); f != from || s != state {
+			break
+		}
+	}
+	return from, state, n
+}
+
+// copy takes n Data units of a layer over.
+func (g *merger) copy(from *Layer, unit, n int64) error {
+	src, dst := from.sb.Data.Off+unit*unitBytes, g.into.sb.Data.Off+unit*unitBytes
+	if g.share {
+		err := g.into.f.ShareFrom(from.f, src, dst, n*unitBytes)
+		if err == nil {
+			return g.takeSums(from, unit, n)
+		}
+		if !errors.Is(err, disk.ErrNotSupported) {
+			return err
+		}
+		g.share = false
+	}
+	for n > 0 {
+		if err := g.ctx.Err(); err != nil {
+			return err
+		}
+		p := g.buf[:min(n*unitBytes, int64(len(g.buf)))]
+		if _, err := from.f.ReadAt(p, from.sb.Data.Off+unit*unitBytes); err != nil {
+			return err
+		}
+		if err := g.sum(from, unit, p); err != nil {
+			return err
+		}
+		if _, err := g.into.f.WriteAt(p, g.into.sb.Data.Off+unit*unitBytes); err != nil {
+			return err
+		}
+		done := int64(len(p)) / unitBytes
+		unit, n = unit+done, n-done
+	}
+	return nil
+}
+
+// takeSums takes the checksums of shared units over; without them the result has none.
+func (g *merger) takeSums(from *Layer, unit, n int64) error {
+	if !from.summed.Load() {
+		g.summed = false
+		return nil
+	}
+	b := make([]byte, n*4)
+	if _, err := from.f.ReadAt(b, from.sb.Sums.Off+unit*4); err != nil {
+		return err
+	}
+	for i := range n {
+		g.sums[(unit+i)%pageUnits] = binary.LittleEndian.Uint32(b[i*4:])
+	}
+	return nil
+}
+
+// sum notes the checksums of copied units, and compares them with those of their layer, so that rot is not made true.
+func (g *merger) sum(from *Layer, unit int64, p []byte) error {
+	var stored []byte
+	if from.summed.Load() {
+		stored = make([]byte, len(p)/unitBytes*4)
+		if _, err := from.f.ReadAt(stored, from.sb.Sums.Off+unit*4); err != nil {
+			return err
+		}
+	}
+	for i := 0; i*unitBytes < len(p); i++ {
+		got := unitSum(p[i*unitBytes : (i+1)*unitBytes])
+		if stored != nil && got != binary.LittleEndian.Uint32(stored[i*4:]) {
+			return fmt.Errorf("layer %s: unit %d: checksum %08x, stored %08x: %w", from.sb.ID, unit+int64(i), got, binary.LittleEndian.Uint32(stored[i*4:]), block.ErrCorrupt)
+		}
+		g.sums[(unit+int64(i))%pageUnits] = got
+	}
+	return nil
+}
+
+// writeSums writes the checksums of a page, region by region, where there are any.
+func (g *merger) writeSums(page int64) error {
+	for r := range pageRegions {
+		var b [regionUnits * 4]byte
+		any := uint32(0)
+		for i, s := range g.sums[r*regionUnits : (r+1)*regionUnits] {
+			binary.LittleEndian.PutUint32(b[i*4:], s)
+			any |= s
+		}
+		if any == 0 {
+			continue
+		}
+		if _, err := g.into.f.WriteAt(b[:], g.into.sb.Sums.Off+(page*pageRegions+int64(r))*regionUnits*4); err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,250 @@
+package layer
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+
+	"ashlar/internal/block"
+)
+
+// sumPage is the checksums of a region of a layer.
+type sumPage struct {
+	l      *Layer
+	region int64
+	crc    [regionUnits]uint32
+}
+
+// sumCache keeps the pages of checksums that reads needed last: 2 MiB at most, enough for 2 GiB of disk read at random without a second read
+// for checksums. It takes no lock.
+type sumCache [512]atomic.Pointer[sumPage]
+
+// page returns the checksums of a region of l.
+func (c *sumCache) page(l *Layer, region int64) (*sumPage, error) {
+	slot := &c[uint64(region)%uint64(len(c))]
+	if p := slot.Load(); p != nil && p.l == l && p.region == region {
+		return p, nil
+	}
+	p := &sumPage{l: l, region: region}
+	var b [regionUnits * 4]byte
+	if err := l.readSums(region, b[:]); err != nil {
+		return nil, err
+	}
+	for i := range p.crc {
+		p.crc[i] = binary.LittleEndian.Uint32(b[i*4:])
+	}
+	slot.Store(p)
+	return p, nil
+}
+
+// readSums reads the checksums of a region.
+func (l *Layer) readSums(region int64, b []byte) error {
+	off := region * regionUnits * 4
+	n := min(int64(len(b)), l.sb.Sums.N-off)
+	if _, err := l.f.ReadAt(b[:n], l.sb.Sums.Off+off); err != nil {
+		return fmt.Errorf("layer %s: read checksums: %w", l.sb.ID, mapError(err))
+	}
+	return nil
+}
+
+// Settle finishes a sealed layer while it is read: it frees the log and what units that are not Data still occupy, and then computes the
+// checksums; from then on every read is compared. It may be cancelled and called again, and does nothing when all is done. ErrState
+// if the layer is not sealed; block.ErrNoSpace if there is no room for the checksums: then the log is free and the layer stays unverified.
+func (l *Layer) Settle(ctx context.Context) error {
+	l.workMu.Lock()
+	defer l.workMu.Unlock()
+	m := l.Meta()
+	if m.State != StateSealed {
+		return fmt.Errorf("layer %s: settle: state %s: %w", l.sb.ID, m.State, ErrState)
+	}
+	if m.Sums {
+		return nil
+	}
+	if !m.Settled {
+		if err := l.changeMeta(func(m *Meta) error { m.Settled = true; return nil }); err != nil {
+			return err
+		}
+		if err := l.f.Punch(l.sb.Log.Off, l.sb.Log.N); err != nil {
+			return fmt.Errorf("layer %s: free log: %w", l.sb.ID, mapError(err))
+		}
+	}
+	if err := l.trim(ctx); err != nil {
+		return fmt.Errorf("layer %s: settle: %w", l.sb.ID, mapError(err))
+	}
+	if err := l.computeSums(ctx); err != nil {
+		return fmt.Errorf("layer %s: compute checksums: %w", l.sb.ID, mapError(err))
+	}
+	return l.changeMeta(func(m *Meta) error { m.Sums = true; return nil })
+}
+
+// trim frees what writes that failed, or a kill, left in units that are not Data.
+func (l *Layer) trim(ctx context.Context) error {
+	for at := l.sb.Data.Off; at < l.sb.Data.end(); {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		off, n, err := l.f.NextData(at)
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		from, to := (off-l.sb.Data.Off)/unitBytes, (off+n-l.sb.Data.Off+unitBytes-1)/unitBytes
+		err = l.eachRun(from, min(to, l.sb.units()), func(unit, n int64, s block.State) error {
+			if s == block.Data {
+				return nil
+			}
+			return l.f.Punch(l.sb.Data.Off+unit*unitBytes, n*unitBytes)
+		})
+		if err != nil {
+			return err
+		}
+		at = off + n
+	}
+	return nil
+}
+
+// eachRun calls f for the runs of units of one state in [from, to), as the map on disk says. A run may be told in pieces, at map pages.
+func (l *Layer) eachRun(from, to int64, f func(unit, n int64, s block.State) error) error {
+	codes := make([]byte, pageBytes)
+	for at := from; at < to; {
+		page := at / pageUnits
+		end := min(to, (page+1)*pageUnits)
+		has, err := l.hasPage(page)
+		if err == nil && has {
+			has, err = l.readPage(page, codes)
+		}
+		if err != nil {
+			return err
+		}
+		if !has {
+			clear(codes)
+		}
+		for at < end {
+			s := codeAt(codes, int(at%pageUnits))
+			n := int64(1)
+			for at+n < end && codeAt(codes, int((at+n)%pageUnits)) == s {
+				n++
+			}
+			if err := f(at, n, s); err != nil {
+				return err
+			}
+			at += n
+		}
+	}
+	return nil
+}
+
+// sumChunk is how much is read at a time to be summed or compared.
+const sumChunk = 1 << 20
+
+// eachData reads all Data units of a region in pieces and calls f with them.
+func (l *Layer) eachData(region int64, buf []byte, f func(unit int64, p []byte) error) error {
+	from := region * regionUnits
+	return l.eachRun(from, min(from+regionUnits, l.sb.units()), func(unit, n int64, s block.State) error {
+		for s == block.Data && n > 0 {
+			p := buf[:min(n*unitBytes, int64(len(buf)))]
+			if _, err := l.f.ReadAt(p, l.sb.Data.Off+unit*unitBytes); err != nil {
+				return err
+			}
+			if err := f(unit, p); err != nil {
+				return err
+			}
+			unit, n = unit+int64(len(p))/unitBytes, n-int64(len(p))/unitBytes
+		}
+		return nil
+	})
+}
+
+// eachRegion calls f for the regions that may have Data.
+func (l *Layer) eachRegion(ctx context.Context, f func(region int64) error) error {
+	for page := range l.mapPages() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		has, err := l.hasPage(page)
+		if err != nil {
+			return err
+		}
+		for r := range int64(pageRegions) {
+			if !has || (page*pageRegions+r)*regionUnits >= l.sb.units() {
+				break
+			}
+			if err := f(page*pageRegions + r); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// computeSums writes the checksums of all Data units and makes them durable.
+func (l *Layer) computeSums(ctx context.Context) error {
+	buf := make([]byte, sumChunk)
+	err := l.eachRegion(ctx, func(region int64) error {
+		var sums [regionUnits * 4]byte
+		found := false
+		err := l.eachData(region, buf, func(unit int64, p []byte) error {
+			found = true
+			for ; len(p) > 0; p, unit = p[unitBytes:], unit+1 {
+				binary.LittleEndian.PutUint32(sums[unit%regionUnits*4:], unitSum(p[:unitBytes]))
+			}
+			return ctx.Err()
+		})
+		if err != nil || !found {
+			return err
+		}
+		_, err = l.f.WriteAt(sums[:], l.sb.Sums.Off+region*regionUnits*4)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := l.f.Sync(); err != nil {
+		l.fail()
+		return err
+	}
+	return nil
+}
+
+// Damage is a run of units whose bytes do not match their checksums.
+type Damage struct {
+	Off int64 `json:"off"` // bytes
+	N   int64 `json:"n"`
+}
+
+// Scrub reads all Data of a layer that has checksums, and returns what does not match them. ErrState if there are none yet.
+func (l *Layer) Scrub(ctx context.Context) ([]Damage, error) {
+	if !l.summed.Load() {
+		return nil, fmt.Errorf("layer %s: scrub: no checksums yet: %w", l.sb.ID, ErrState)
+	}
+	var list []Damage
+	buf := make([]byte, sumChunk)
+	err := l.eachRegion(ctx, func(region int64) error {
+		var sums [regionUnits * 4]byte
+		if err := l.readSums(region, sums[:]); err != nil {
+			return err
+		}
+		return l.eachData(region, buf, func(unit int64, p []byte) error {
+			for ; len(p) > 0; p, unit = p[unitBytes:], unit+1 {
+				if unitSum(p[:unitBytes]) == binary.LittleEndian.Uint32(sums[unit%regionUnits*4:]) {
+					continue
+				}
+				if k := len(list) - 1; k >= 0 && list[k].Off+list[k].N == unit*unitBytes {
+					list[k].N += unitBytes
+				} else {
+					list = append(list, Damage{unit * unitBytes, unitBytes})
+				}
+			}
+			return ctx.Err()
+		})
+	})
+	if err != nil {
+		return list, fmt.Errorf("layer %s: scrub: %w", l.sb.ID, mapError(err))
+	}
+	return list, nil
+}
