@@ -203,23 +203,35 @@ func TestGateClose(t *testing.T) {
 	})
 }
 
-// TestGateCloseWhileHeld: the holder finds out by getting its own device back.
+// TestGateCloseWhileHeld: who waits is let go at once, and the holder finds out by getting its own device back.
 func TestGateCloseWhileHeld(t *testing.T) {
-	g := block.NewGate(block.NewMem(1 << 20))
-	if err := g.Hold(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := g.Close(); err != nil {
-		t.Fatal(err)
-	}
-	next := block.NewMem(1 << 20)
-	if got := g.Swap(next); got != block.Device(next) {
-		t.Error("Swap took a device although the gate is closed")
-	}
-	g.Release()
-	if err := g.Flush(); !errors.Is(err, block.ErrClosed) {
-		t.Errorf("a call after Close and Release: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		g := block.NewGate(block.NewMem(1 << 20))
+		if err := g.Hold(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var wg sync.WaitGroup
+		for _, call := range append(everyCall(g), func() error { return g.Hold(t.Context()) }) {
+			wg.Go(func() {
+				if err := call(); !errors.Is(err, block.ErrClosed) {
+					t.Errorf("a waiting call: %v", err)
+				}
+			})
+		}
+		synctest.Wait()
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		wg.Wait()
+		next := block.NewMem(1 << 20)
+		if got := g.Swap(next); got != block.Device(next) {
+			t.Error("Swap took a device although the gate is closed")
+		}
+		g.Release()
+		if err := g.Flush(); !errors.Is(err, block.ErrClosed) {
+			t.Errorf("a call after Close and Release: %v", err)
+		}
+	})
 }
 
 func TestGateMisuse(t *testing.T) {

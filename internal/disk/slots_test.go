@@ -221,6 +221,33 @@ func TestSlotsFailedSync(t *testing.T) {
 	}
 }
 
+// TestSlotsSyncedTooLate: a Sync that began before the last Write, or follows a failed one, says nothing about it.
+func TestSlotsSyncedTooLate(t *testing.T) {
+	for _, fail := range []bool{false, true} {
+		m := disk.NewMem(disk.MemOptions{})
+		f := newFile(t, m, "f", slotsOff+2*slotBytes)
+		s := disk.OpenSlots(f, slotsOff, slotBytes)
+		record := func(i int) []byte { return bytes.Repeat([]byte{byte('0' + i)}, 1000) }
+		must(t, s.Store(record(1)))
+		seq, err := s.Write(record(2))
+		must(t, err)
+		if fail {
+			m.FailWrite("f", 1)
+			seq++
+		}
+		if _, err := s.Write(record(3)); (err != nil) != fail {
+			t.Fatal(err)
+		}
+		s.Synced(seq)
+		_, err = s.Write(record(4))
+		must(t, err)
+		r := rand.New(rand.NewPCG(1, 2))
+		for range 300 {
+			checkRecord(t, m.CrashClone(disk.CrashOptions{Rand: r}), 1, 4, record)
+		}
+	}
+}
+
 func TestSlotsReadError(t *testing.T) {
 	m := disk.NewMem(disk.MemOptions{})
 	f := newFile(t, m, "f", slotsOff+2*slotBytes)
