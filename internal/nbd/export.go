@@ -1,0 +1,61 @@
+package nbd
+
+import (
+	"errors"
+
+	"ashlar/internal/block"
+)
+
+// ErrNoExport: there is no export of that name.
+var ErrNoExport = errors.New("no such export")
+
+// Export is a Device offered to clients.
+type Export struct {
+	// Name is the canonical name, at most 4096 bytes.
+	Name string
+	// Description is for people, at most 4096 bytes.
+	Description string
+	// Device takes the I/O, from many goroutines at once. It should accept any alignment, because many clients do not ask for
+	// block sizes. The server never closes it.
+	Device block.Device
+	// ReadOnly refuses every command that writes with EPERM.
+	ReadOnly bool
+}
+
+// Exports is where a Server finds what it serves. Both methods may be called concurrently.
+type Exports interface {
+	// Lookup returns the export that a client asks for by name; the empty name asks for the default one. An error that is not
+	// ErrNoExport is told to the client as "unknown" all the same.
+	Lookup(name string) (Export, error)
+	// List returns what a client that asks for a list sees; only Name and Description are used.
+	List() []Export
+}
+
+// Single is an Exports of one export, which is the default too.
+type Single Export
+
+// Lookup returns the export for its name and for the empty name.
+func (s Single) Lookup(name string) (Export, error) {
+	if name != "" && name != s.Name {
+		return Export{}, ErrNoExport
+	}
+	return Export(s), nil
+}
+
+// List returns the export.
+func (s Single) List() []Export { return []Export{Export(s)} }
+
+// transmissionFlags are what a client is told about e.
+func (e Export) transmissionFlags(structured bool) uint16 {
+	// MULTI_CONN: Flush covers everything that returned before on the Device, whichever connection it came by.
+	flags := uint16(flagHasFlags | flagFlush | flagFUA | flagMultiConn)
+	if e.ReadOnly {
+		flags |= flagReadOnly
+	} else {
+		flags |= flagTrim | flagWriteZeroes
+	}
+	if structured {
+		flags |= flagDF
+	}
+	return flags
+}
