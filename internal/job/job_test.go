@@ -85,7 +85,7 @@ func tellLimits(context.Context, Spec, func(Progress)) (Result, error) {
 }
 
 func config() Config {
-	return Config{Exe: os.Args[0], Args: []string{"work"}, Env: []string{childEnvName + "=1"}, MemoryBytes: testMemoryBytes}
+	return Config{Env: []string{childEnvName + "=1"}, MemoryBytes: testMemoryBytes}
 }
 
 // importSpec makes a disk's directory and a spec for it.
@@ -381,7 +381,7 @@ func TestMalformedInput(t *testing.T) {
 // childCommand is a child that is spoken to by hand.
 func childCommand(t *testing.T) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], "work")
+	cmd := exec.Command("/proc/self/exe", "work")
 	cmd.Env = append(childEnv(config().Env), fmt.Sprintf("%s=%d", memoryEnv, int64(testMemoryBytes)))
 	return cmd
 }
