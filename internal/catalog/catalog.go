@@ -174,6 +174,7 @@ const (
 	ImageReady      = "ready"
 	ImageFailed     = "failed"  // Message says why, and whether and when it is tried again
 	ImageUnknown    = "unknown" // the disk or the data process is away
+	ImageGone       = "gone"    // of an image that is being deleted: not on this disk any more
 )
 
 // The sources of images.
@@ -341,15 +342,17 @@ type ImageObserved struct {
 	Digest           string                 `json:"digest"`           // of the content
 	Format           string                 `json:"format"`
 	Disks            map[string]ImageOnDisk `json:"disks"`
+	Error            string                 `json:"error,omitempty"` // why no disk can take it; owner: control
 }
 
-// ImageOnDisk is one copy's state: pending, starting, in-progress, ready, failed, unknown.
+// ImageOnDisk is one copy's state.
 type ImageOnDisk struct {
 	State              string    `json:"state"`
 	Progress           int       `json:"progress"`
 	Message            string    `json:"message,omitempty"`
 	Attempts           int       `json:"attempts,omitempty"`
 	AllocatedBytes     int64     `json:"allocatedBytes,omitempty"`
+	NextTry            time.Time `json:"nextTry,omitzero"` // when failed: zero means never
 	LastTransitionTime time.Time `json:"lastTransitionTime"`
 }
 

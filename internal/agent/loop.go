@@ -1,0 +1,304 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"ashlar/internal/catalog"
+	"ashlar/internal/dataplane/client"
+	"ashlar/internal/plan"
+)
+
+// The waits after an action failed, and after a write did.
+const (
+	failMin   = 250 * time.Millisecond
+	failMax   = 30 * time.Second
+	holdWrite = 200 * time.Millisecond
+)
+
+// loop is the state of a running Agent. All of it belongs to run's goroutine; everybody else sends.
+type loop struct {
+	a *Agent
+
+	view    *plan.View
+	listed  bool // the view is complete
+	catAway bool // the catalogue does not answer: the view may be old, nothing is done
+	found   plan.Found
+	hello   client.Hello // of the process that found is from
+	rev     uint64       // of found
+
+	busy     map[string]bool         // action keys
+	failures map[string]plan.Failure // by plan.FailureID
+	waits    map[string]time.Duration
+	finished map[string]plan.Result // operations carried out, by id
+
+	writing map[catalog.Key]bool      // writes under way
+	held    map[catalog.Key]time.Time // writes that failed wait until then, or until the record changes
+	calm    map[catalog.Key]time.Time // when a record was last written, for those that are throttled
+
+	batches chan catalog.Batch
+	states  chan stateOrAway
+	results chan result
+	writes  chan written
+}
+
+// stateOrAway is a look at the data process, or that it does not answer.
+type stateOrAway struct {
+	away  bool
+	state client.State
+}
+
+func newLoop(a *Agent) *loop {
+	return &loop{
+		a: a, view: plan.NewView(), busy: map[string]bool{}, failures: map[string]plan.Failure{}, waits: map[string]time.Duration{},
+		finished: map[string]plan.Result{}, writing: map[catalog.Key]bool{}, held: map[catalog.Key]time.Time{}, calm: map[catalog.Key]time.Time{},
+		batches: make(chan catalog.Batch, 64), states: make(chan stateOrAway, 16), results: make(chan result, 64), writes: make(chan written, 64),
+	}
+}
+
+// run takes what happened, plans, and begins what follows, until ctx ends.
+func (l *loop) run(ctx context.Context) {
+	l.a.wg.Go(func() {
+		_ = catalog.Follow(ctx, l.a.cfg.Catalog, func(b catalog.Batch) error { return send(ctx, l.batches, b) })
+	})
+	l.a.wg.Go(func() { l.a.watchData(ctx, l.states) })
+	timer := time.NewTimer(l.a.cfg.Resync)
+	defer timer.Stop()
+	nextLook := l.now().Add(l.a.cfg.Resync)
+	for l.wait(ctx, timer) {
+		if now := l.now(); !now.Before(nextLook) {
+			nextLook = now.Add(l.a.cfg.Resync)
+			l.forget(now)
+			l.a.wg.Go(func() { l.a.look(ctx, l.states) })
+		}
+		wake := l.plan(ctx)
+		if wake.IsZero() || wake.After(nextLook) {
+			wake = nextLook
+		}
+		timer.Reset(max(0, wake.Sub(l.now())))
+	}
+}
+
+func (l *loop) now() time.Time { return l.a.cfg.Now() }
+
+func send[T any](ctx context.Context, c chan<- T, v T) error {
+	select {
+	case c <- v:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// wait takes everything that has happened, at least one thing; false when all is over.
+func (l *loop) wait(ctx context.Context, timer *time.Timer) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+	case b := <-l.batches:
+		l.takeBatch(b)
+	case s := <-l.states:
+		l.takeState(s)
+	case r := <-l.results:
+		l.takeResult(r)
+	case w := <-l.writes:
+		l.takeWritten(w)
+	}
+	for {
+		select {
+		case b := <-l.batches:
+			l.takeBatch(b)
+		case s := <-l.states:
+			l.takeState(s)
+		case r := <-l.results:
+			l.takeResult(r)
+		case w := <-l.writes:
+			l.takeWritten(w)
+		default:
+			return ctx.Err() == nil
+		}
+	}
+}
+
+func (l *loop) takeBatch(b catalog.Batch) {
+	l.catAway = b.Away
+	if b.Reset {
+		l.view.Reset()
+		l.listed = true
+	}
+	for _, ev := range b.Events {
+		l.apply(ev)
+	}
+}
+
+func (l *loop) apply(ev catalog.Event) {
+	delete(l.held, ev.Key)
+	if err := l.view.Apply(ev); err != nil {
+		l.a.cfg.Log.Error("record cannot be read", "error", err)
+	}
+}
+
+// takeState keeps the newest look at the newest process. Looks arrive in any order.
+func (l *loop) takeState(s stateOrAway) {
+	if s.away {
+		l.found = plan.Found{}
+		return
+	}
+	h := s.state.Hello
+	switch {
+	case h.Started.Before(l.hello.Started):
+		return
+	case h.Started.Equal(l.hello.Started) && h.PID == l.hello.PID && s.state.Rev < l.rev:
+		return
+	case h.PID != l.hello.PID && l.hello.PID != 0:
+		l.a.note(catalog.EventRecord{
+			Time: l.now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: l.a.cfg.Node, Reason: "DataProcessRestarted", Message: "the data process was started again",
+		})
+	}
+	l.hello, l.rev, l.found = h, s.state.Rev, found(s.state)
+}
+
+// takeResult ends an action.
+func (l *loop) takeResult(r result) {
+	delete(l.busy, r.action.Key())
+	if r.state != nil {
+		l.takeState(stateOrAway{state: *r.state})
+	}
+	for _, e := range r.put {
+		l.apply(catalog.Event{Entry: e})
+	}
+	if r.finished != nil {
+		if op, ok := r.action.(plan.Operate); ok {
+			l.finished[op.Operation.Value.ID] = *r.finished
+		}
+	}
+	id := plan.FailureID(r.action)
+	if r.err == nil {
+		delete(l.failures, id)
+		delete(l.waits, id)
+		return
+	}
+	if l.failures[id].Rev != r.action.Because() {
+		delete(l.waits, id) // something else was wanted before
+	}
+	l.waits[id] = min(max(failMin, 2*l.waits[id]), failMax)
+	l.failures[id] = plan.Failure{Code: catalogCode(r.err), Message: r.err.Error(), Rev: r.action.Because(), Next: l.now().Add(l.waits[id])}
+	l.a.cfg.Log.Warn("action failed", "action", id, "error", r.err)
+}
+
+// forget drops failures that nobody asked about for long.
+func (l *loop) forget(now time.Time) {
+	for id, f := range l.failures {
+		if now.Sub(f.Next) > 10*failMax {
+			delete(l.failures, id)
+			delete(l.waits, id)
+		}
+	}
+	for key, t := range l.calm {
+		if now.Sub(t) > failMax {
+			delete(l.calm, key)
+		}
+	}
+}
+
+// plan asks plan and begins what it says.
+func (l *loop) plan(ctx context.Context) (wake time.Time) {
+	if !l.listed || l.catAway || l.a.stopping.Load() || ctx.Err() != nil {
+		return time.Time{}
+	}
+	l.forgetFinished()
+	p := plan.OnNode(plan.NodeInput{
+		Node: l.a.cfg.Node, Address: l.a.cfg.Address, Now: l.now(), View: l.view, Found: l.found, Busy: l.busy, Failures: l.failures, Finished: l.finished,
+	})
+	for _, action := range p.Actions {
+		if !l.busy[action.Key()] {
+			l.begin(ctx, action)
+		}
+	}
+	wake = p.Wake
+	for _, w := range p.Writes {
+		if t := l.put(ctx, w); !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
+			wake = t
+		}
+	}
+	return wake
+}
+
+// forgetFinished drops what is recorded, or has no record any more.
+func (l *loop) forgetFinished() {
+	if len(l.finished) == 0 {
+		return
+	}
+	open := map[string]bool{}
+	for _, ops := range l.view.Operations {
+		for id, op := range ops {
+			open[id] = op.Value.State != catalog.OperationDone && op.Value.State != catalog.OperationFailed
+		}
+	}
+	for id := range l.finished {
+		if !open[id] {
+			delete(l.finished, id)
+		}
+	}
+}
+
+// begin carries an action out on a goroutine of its own: one per volume, image and disk at most.
+func (l *loop) begin(ctx context.Context, action plan.Action) {
+	l.busy[action.Key()] = true
+	l.a.wg.Go(func() {
+		r := l.a.do(ctx, action)
+		_ = send(ctx, l.results, r)
+	})
+}
+
+// watchData keeps the connection to the data process and sends every state, and when it is away.
+func (a *Agent) watchData(ctx context.Context, out chan<- stateOrAway) {
+	wait := retryMin
+	for ctx.Err() == nil {
+		s, err := a.cfg.EnsureData(ctx)
+		if err == nil {
+			a.service.Store(&s)
+			var answered bool
+			if answered, err = pollStates(ctx, s, out); answered {
+				wait = retryMin
+			}
+			a.service.Store(nil)
+		}
+		if ctx.Err() != nil || a.stopping.Load() || send(ctx, out, stateOrAway{away: true}) != nil {
+			return // when the node is shut down, nobody starts the data process again
+		}
+		a.cfg.Log.Warn("data process does not answer", "error", err)
+		if errors.Is(err, client.ErrVersion) {
+			wait = retryMax
+		}
+		pause(ctx, wait)
+		wait = min(2*wait, retryMax)
+	}
+}
+
+func pollStates(ctx context.Context, s client.Service, out chan<- stateOrAway) (answered bool, err error) {
+	st, err := s.State(ctx)
+	for err == nil {
+		answered = true
+		if err := send(ctx, out, stateOrAway{state: st}); err != nil {
+			return answered, err
+		}
+		st, err = s.WaitState(ctx, st.Rev)
+	}
+	return answered, err
+}
+
+// look asks for the state although nothing happened: sizes change by writes, which are no news.
+func (a *Agent) look(ctx context.Context, out chan<- stateOrAway) {
+	s, err := a.data()
+	if err != nil {
+		return
+	}
+	ask, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if st, err := s.State(ask); err == nil {
+		_ = send(ctx, out, stateOrAway{state: st})
+	}
+}

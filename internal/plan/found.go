@@ -1,0 +1,148 @@
+package plan
+
+import "time"
+
+// Found is what a node's data process has, as far as plans care: the agent makes it from the data process's State. The zero Found is no answer.
+type Found struct {
+	Known   bool // a data process answered
+	BootID  string
+	Version string
+	PID     int
+	Started time.Time
+	Disks   []FoundDisk
+	Volumes []FoundVolume
+	Jobs    []FoundJob
+}
+
+// FoundDisk is a disk in use. With an Error it could not be looked into, and what is on it is not known.
+type FoundDisk struct {
+	DiskID, Path, Error   string
+	TotalBytes, FreeBytes int64
+	Replicas              []FoundReplica
+	Images                []FoundImage
+}
+
+// FoundReplica is a replica on a disk.
+type FoundReplica struct {
+	ReplicaID, VolumeID, Volume, DataPath, Failed string
+	SizeBytes, AllocatedBytes                     int64
+	Open                                          bool
+}
+
+// FoundImage is an image that is complete on a disk.
+type FoundImage struct {
+	ImageID, Name, SHA512, Digest, Format       string
+	SizeBytes, VirtualSizeBytes, AllocatedBytes int64
+}
+
+// The states of a FoundVolume.
+const (
+	FoundOpening = "opening"
+	FoundOpen    = "open"
+	FoundFailed  = "failed"
+	FoundClosing = "closing"
+)
+
+// FoundVolume is a volume the data process has open, or could not open, or whose last copy failed.
+type FoundVolume struct {
+	VolumeID, Volume, ReplicaID, DiskID string
+	Frontend, Endpoint                  string
+	SizeBytes                           int64
+	Epoch                               uint64
+	State                               string
+	Code                                string // one of catalog's codes of operations
+	Error                               string
+	Layers                              []FoundLayer
+}
+
+// FoundLayer is one layer of an open volume.
+type FoundLayer struct {
+	ID, Parent, Snapshot       string
+	Head, UserCreated, Removed bool
+	Created                    time.Time
+	AllocatedBytes             int64
+	Labels                     map[string]string
+}
+
+// The states of a FoundJob.
+const (
+	JobRunning = "running"
+	JobDone    = "done"
+	JobFailed  = "failed"
+)
+
+// FoundJob is an import.
+type FoundJob struct {
+	ImageID, DiskID, State string
+	DoneBytes, TotalBytes  int64
+	Failure                Patience
+	Error                  string
+}
+
+// Patience says whether what failed is worth another try.
+type Patience int
+
+// The patiences.
+const (
+	Transient Patience = iota // tried again for ever, ever more slowly
+	Limited                   // tried again a few times
+	Final                     // never tried again
+)
+
+// disk finds a disk by its id.
+func (f *Found) disk(id string) (FoundDisk, bool) {
+	for _, d := range f.Disks {
+		if d.DiskID == id && id != "" {
+			return d, true
+		}
+	}
+	return FoundDisk{}, false
+}
+
+// diskAt finds a disk by its path.
+func (f *Found) diskAt(path string) (FoundDisk, bool) {
+	for _, d := range f.Disks {
+		if d.Path == path {
+			return d, true
+		}
+	}
+	return FoundDisk{}, false
+}
+
+// volume finds a volume by its id.
+func (f *Found) volume(id string) (FoundVolume, bool) {
+	for _, v := range f.Volumes {
+		if v.VolumeID == id {
+			return v, true
+		}
+	}
+	return FoundVolume{}, false
+}
+
+// job finds an import; there is at most one of an image at a time.
+func (f *Found) job(imageID string) (FoundJob, bool) {
+	for _, j := range f.Jobs {
+		if j.ImageID == imageID {
+			return j, true
+		}
+	}
+	return FoundJob{}, false
+}
+
+func (d *FoundDisk) replica(id string) (FoundReplica, bool) {
+	for _, r := range d.Replicas {
+		if r.ReplicaID == id {
+			return r, true
+		}
+	}
+	return FoundReplica{}, false
+}
+
+func (d *FoundDisk) image(id string) (FoundImage, bool) {
+	for _, i := range d.Images {
+		if i.ImageID == id {
+			return i, true
+		}
+	}
+	return FoundImage{}, false
+}

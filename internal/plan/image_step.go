@@ -1,0 +1,300 @@
+package plan
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"ashlar/internal/catalog"
+)
+
+// How long what failed waits: 1, 2, 4 and then always 5 minutes; what failed by a wrong checksum is tried again three times.
+const (
+	retryMin       = time.Minute
+	retryMax       = 5 * time.Minute
+	limitedRetries = 3
+)
+
+// ImportImage asks for an import, after Starting was written.
+type ImportImage struct {
+	follows
+	Image, ImageID, DiskID, Source, Checksum string
+	Starting                                 Write
+}
+
+// CancelImport gives an import of an image up that is being deleted.
+type CancelImport struct {
+	follows
+	Image, ImageID, DiskID string
+}
+
+// DeleteImage destroys a copy, after a linearizable read of the tombstone, or of the record that wants it on this disk no more.
+type DeleteImage struct {
+	follows
+	Image, ImageID, DiskID string
+}
+
+// Key implements Action.
+func (a ImportImage) Key() string { return ImageKey(a.ImageID, a.DiskID) }
+
+// Verb implements Action.
+func (ImportImage) Verb() string { return "import-image" }
+
+// Key implements Action.
+func (a CancelImport) Key() string { return ImageKey(a.ImageID, a.DiskID) }
+
+// Verb implements Action.
+func (CancelImport) Verb() string { return "cancel-import" }
+
+// Key implements Action.
+func (a DeleteImage) Key() string { return ImageKey(a.ImageID, a.DiskID) }
+
+// Verb implements Action.
+func (DeleteImage) Verb() string { return "delete-image" }
+
+// ImageKey is the Key of the actions on one copy of an image.
+func ImageKey(imageID, diskID string) string { return "image/" + imageID + "@" + diskID }
+
+// copyHere is all that this node knows of one copy of an image.
+type copyHere struct {
+	img    Image
+	w      catalog.ImageWanted
+	diskID string
+	diskOK bool
+	wanted bool // on this disk
+
+	file  FoundImage
+	there bool
+
+	job    FoundJob
+	jobbed bool // there is one of this image, on this disk
+	other  bool // there is one of this image that runs, on another disk
+
+	state catalog.ImageOnDisk // as recorded
+	busy  bool
+}
+
+// image plans the copies of one image on this node's disks.
+func (p *planner) image(name string) {
+	img := p.in.View.Images[name]
+	if !img.Wanted.Is() || !p.in.Found.Known {
+		return
+	}
+	o := freshImage(img.Observed.Value, img.Wanted.Value)
+	node := p.in.View.Nodes[p.in.Node]
+	var notes []catalog.EventRecord
+	mine := false
+	for _, disk := range sorted(node.Wanted.Value.Disks) {
+		c, ok := p.copyOn(img, o, node.Wanted.Value.Disks[disk].Path, node.Observed.Value.Disks[disk].DiskID)
+		if !ok {
+			continue
+		}
+		mine = true
+		next := p.observeCopy(c, &o)
+		notes = append(notes, p.imageNotes(c, next)...)
+		if next.State == "" {
+			delete(o.Disks, c.diskID)
+		} else {
+			o.Disks[c.diskID] = next
+		}
+		p.begin(p.imageStep(c, o))
+	}
+	if mine {
+		w := Write{Key: catalog.ImageKey(catalog.Observed, name), Value: o, Was: img.Observed.Rev, Notes: notes}
+		p.write(w, img.Observed.Value)
+	}
+}
+
+// copyOn gathers what is known of the copy on a disk; not ok if there is, was and shall be none.
+func (p *planner) copyOn(img Image, o catalog.ImageObserved, path, diskID string) (copyHere, bool) {
+	disk, ok := p.in.Found.diskAt(path)
+	if ok {
+		diskID = disk.DiskID
+	}
+	c := copyHere{img: img, w: img.Wanted.Value, diskID: diskID, diskOK: ok && disk.Error == "", state: o.Disks[diskID]}
+	c.wanted = slices.Contains(c.w.Disks, diskID)
+	c.file, c.there = disk.image(c.w.ID)
+	c.job, c.jobbed = p.in.Found.job(c.w.ID)
+	if c.jobbed && c.job.DiskID != diskID {
+		c.jobbed, c.other = false, c.job.State == JobRunning
+	}
+	c.busy = p.in.Busy[ImageKey(c.w.ID, diskID)]
+	return c, diskID != "" && (c.wanted || c.state.State != "")
+}
+
+// imageStep is the next thing to do to a copy; nil: nothing, or wait. o is what will be recorded of the image.
+func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
+	rev := follows{c.img.Wanted.Rev}
+	switch {
+	case !c.diskOK:
+		return nil
+	case c.w.Deleted != nil && p.used[c.w.ID]:
+		return nil
+	case c.w.Deleted != nil && c.jobbed:
+		return CancelImport{rev, c.w.Name, c.w.ID, c.diskID}
+	case c.w.Deleted != nil && c.there, !c.wanted && c.there && !p.usedOn(c.w.ID, c.diskID):
+		return DeleteImage{rev, c.w.Name, c.w.ID, c.diskID}
+	case c.w.Deleted != nil, !c.wanted, c.there, c.other, c.jobbed && c.job.State != JobFailed:
+		return nil
+	}
+	switch c.state.State { // as recorded: what failed is recorded before it is tried again
+	case catalog.ImageFailed:
+		if c.state.NextTry.IsZero() {
+			return nil
+		}
+		if p.in.Now.Before(c.state.NextTry) {
+			p.wake(c.state.NextTry)
+			return nil
+		}
+	case "", catalog.ImagePending:
+	case catalog.ImageStarting:
+		if c.jobbed {
+			return nil
+		}
+	default:
+		return nil
+	}
+	source, ok := sourceOf(c.w)
+	if !ok {
+		return nil
+	}
+	return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, source, c.w.ExpectedChecksum, p.starting(c)}
+}
+
+// starting is the record that is written before an import is asked for, so that its failure is counted once.
+func (p *planner) starting(c copyHere) Write {
+	o := freshImage(c.img.Observed.Value, c.w)
+	d := o.Disks[c.diskID]
+	o.Disks[c.diskID] = catalog.ImageOnDisk{State: catalog.ImageStarting, Attempts: d.Attempts, LastTransitionTime: stamp(p.in.Now)}
+	return Write{Key: catalog.ImageKey(catalog.Observed, c.w.Name), Value: o, Was: c.img.Observed.Rev}
+}
+
+func stamp(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+
+func sourceOf(w catalog.ImageWanted) (string, bool) {
+	switch w.SourceType {
+	case catalog.SourceDownload:
+		return w.Parameters["url"], true
+	case catalog.SourceFile:
+		return w.Parameters["path"], true
+	}
+	return "", false
+}
+
+// usedOn tells whether a replica on the disk stands on the image.
+func (p *planner) usedOn(imageID, diskID string) bool {
+	for _, v := range p.in.View.Volumes {
+		if v.Wanted.Value.ImageID != imageID {
+			continue
+		}
+		if slices.ContainsFunc(v.Wanted.Value.Replicas, func(r catalog.Placement) bool { return r.DiskID == diskID }) {
+			return true
+		}
+	}
+	return false
+}
+
+// observeCopy is what is to be recorded of a copy; no State: nothing. The first copy that is ready says what the image is.
+func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.ImageOnDisk {
+	to := func(state string) catalog.ImageOnDisk {
+		next := c.state
+		if next.State != state {
+			next = catalog.ImageOnDisk{State: state, Attempts: c.state.Attempts, LastTransitionTime: stamp(p.in.Now)}
+		}
+		return next
+	}
+	switch {
+	case !c.diskOK && c.state.State == catalog.ImageGone, c.busy && !c.there:
+		return c.state
+	case !c.diskOK:
+		return to(catalog.ImageUnknown)
+	case c.there:
+		return p.readyCopy(c, o, to)
+	case c.w.Deleted != nil && !c.jobbed:
+		return to(catalog.ImageGone)
+	case !c.wanted:
+		return catalog.ImageOnDisk{}
+	case c.jobbed && c.job.State == JobRunning:
+		next := to(catalog.ImageStarting)
+		if c.job.DoneBytes > 0 {
+			next = to(catalog.ImageInProgress)
+		}
+		if next.Progress = 0; c.job.TotalBytes > 0 {
+			next.Progress = int(min(99, 100*c.job.DoneBytes/c.job.TotalBytes))
+		}
+		return next
+	case c.jobbed && c.job.State == JobFailed && c.state.State != catalog.ImageFailed:
+		return p.failedCopy(c, c.job.Failure, c.job.Error)
+	case c.jobbed:
+		return c.state
+	}
+	return p.idleCopy(c, to)
+}
+
+// idleCopy is a copy that is not there, with nothing under way.
+func (p *planner) idleCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
+	if _, ok := sourceOf(c.w); !ok {
+		if c.state.State == catalog.ImageFailed {
+			return c.state
+		}
+		return p.failedCopy(c, Final, fmt.Sprintf("source type %q is not known", c.w.SourceType))
+	}
+	if f, ok := p.failure(ImportImage{follows: follows{c.img.Wanted.Rev}, ImageID: c.w.ID, DiskID: c.diskID}); ok && f.Code != "" && c.state.State == catalog.ImageStarting {
+		return p.failedCopy(c, Final, f.Message)
+	}
+	switch c.state.State {
+	case catalog.ImagePending, catalog.ImageStarting, catalog.ImageFailed:
+		return c.state
+	case catalog.ImageInProgress: // the data process ended under it
+		if c.state.Attempts > 0 {
+			return p.failedCopy(c, Transient, "the import was interrupted")
+		}
+		next := to(catalog.ImagePending)
+		next.Attempts, next.Message = 1, "the import was interrupted"
+		return next
+	}
+	return to(catalog.ImagePending)
+}
+
+func (p *planner) failedCopy(c copyHere, patience Patience, message string) catalog.ImageOnDisk {
+	d := catalog.ImageOnDisk{State: catalog.ImageFailed, Attempts: c.state.Attempts + 1, LastTransitionTime: stamp(p.in.Now)}
+	if patience == Final || patience == Limited && d.Attempts > limitedRetries {
+		d.Message = message + " (not tried again; delete the image and import it anew)"
+		return d
+	}
+	wait := min(retryMin<<min(d.Attempts-1, 10), retryMax)
+	d.NextTry = d.LastTransitionTime.Add(wait)
+	d.Message = fmt.Sprintf("%s (attempt %d; tried again after %v)", message, d.Attempts, wait)
+	return d
+}
+
+// readyCopy compares a copy that is there with what the image is known to be.
+func (p *planner) readyCopy(c copyHere, o *catalog.ImageObserved, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
+	if o.CurrentChecksum == "" {
+		o.SizeBytes, o.VirtualSizeBytes = c.file.SizeBytes, c.file.VirtualSizeBytes
+		o.CurrentChecksum, o.Digest, o.Format = c.file.SHA512, c.file.Digest, c.file.Format
+	}
+	if o.CurrentChecksum != c.file.SHA512 || o.Digest != "" && c.file.Digest != "" && o.Digest != c.file.Digest {
+		next := to(catalog.ImageFailed)
+		next.Message = "differs from the image's other copies"
+		return next
+	}
+	next := to(catalog.ImageReady)
+	next.Progress, next.Attempts, next.Message, next.AllocatedBytes = 100, 0, "", c.file.AllocatedBytes
+	return next
+}
+
+func (p *planner) imageNotes(c copyHere, next catalog.ImageOnDisk) []catalog.EventRecord {
+	if next.State == c.state.State {
+		return nil
+	}
+	switch next.State {
+	case catalog.ImageReady:
+		return []catalog.EventRecord{note(p.in.Now, catalog.Normal, catalog.KindImage, c.w.Name, "Ready")}
+	case catalog.ImageFailed:
+		ev := note(p.in.Now, catalog.Warning, catalog.KindImage, c.w.Name, "Failed")
+		ev.Message = next.Message
+		return []catalog.EventRecord{ev}
+	}
+	return nil
+}

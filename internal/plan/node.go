@@ -1,0 +1,260 @@
+package plan
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"ashlar/internal/catalog"
+)
+
+// NodeInput is one node's picture.
+type NodeInput struct {
+	Node    string // its name
+	Address string
+	Now     time.Time
+	View    *View
+	Found   Found
+	// Busy holds the Keys of actions under way: nothing else is begun for them.
+	Busy map[string]bool
+	// Failures holds what failed, by Failure ID.
+	Failures map[string]Failure
+	// Finished holds the operations that were carried out and are not recorded yet, by id.
+	Finished map[string]Result
+}
+
+// Failure is how an action ended the last time.
+type Failure struct {
+	Code    string      // one of catalog's codes; "" if it may well succeed the next time
+	Message string      // for people
+	Rev     catalog.Rev // of the wanted record the action followed from; when that changes it is tried at once
+	Next    time.Time   // not before
+}
+
+// NodePlan is what a node does now: actions, each in its own time, and records to write. If nothing changes until Wake, plan again then.
+type NodePlan struct {
+	Actions []Action
+	Writes  []Write
+	Wake    time.Time
+}
+
+// Action is one thing to be done on a node. Actions with the same Key are done one at a time.
+type Action interface {
+	Key() string
+	Verb() string
+	// Because is the revision of the wanted record it follows from.
+	Because() catalog.Rev
+}
+
+// FailureID names an action among failures.
+func FailureID(a Action) string { return a.Verb() + " " + a.Key() }
+
+// follows is what every action has.
+type follows struct {
+	Rev catalog.Rev
+}
+
+// Because implements Action.
+func (f follows) Because() catalog.Rev { return f.Rev }
+
+// AdoptDisk asks the data process to use a directory.
+type AdoptDisk struct {
+	follows
+	Path, ClusterID string
+}
+
+// Key implements Action.
+func (a AdoptDisk) Key() string { return "disk/" + a.Path }
+
+// Verb implements Action.
+func (AdoptDisk) Verb() string { return "adopt-disk" }
+
+// DiskKey is the Key of the actions on a disk.
+func DiskKey(path string) string { return AdoptDisk{Path: path}.Key() }
+
+// planner makes one NodePlan.
+type planner struct {
+	in  NodeInput
+	out NodePlan
+	// used memoises users, which many images ask for.
+	used map[string]bool
+}
+
+// OnNode says what the node does now.
+func OnNode(in NodeInput) NodePlan {
+	p := &planner{in: in, used: map[string]bool{}}
+	for _, v := range in.View.Volumes {
+		p.used[v.Wanted.Value.ImageID] = true
+	}
+	p.disks()
+	for _, name := range sorted(in.View.Images) {
+		p.image(name)
+	}
+	for _, name := range sorted(in.View.Volumes) {
+		p.volume(name)
+	}
+	p.observeNode()
+	return p.out
+}
+
+// begin begins an action unless its key is busy or it failed lately.
+func (p *planner) begin(a Action) {
+	if a == nil || p.in.Busy[a.Key()] {
+		return
+	}
+	if f, ok := p.in.Failures[FailureID(a)]; ok && f.Rev == a.Because() && p.in.Now.Before(f.Next) {
+		p.wake(f.Next)
+		return
+	}
+	p.out.Actions = append(p.out.Actions, a)
+}
+
+// wake asks to be called at t.
+func (p *planner) wake(t time.Time) {
+	if p.out.Wake.IsZero() || t.Before(p.out.Wake) {
+		p.out.Wake = t
+	}
+}
+
+// failure is the last failure of an action, if it followed from the same record.
+func (p *planner) failure(a Action) (Failure, bool) {
+	f, ok := p.in.Failures[FailureID(a)]
+	return f, ok && f.Rev == a.Because()
+}
+
+// disks adopts the wanted disks the data process does not have.
+func (p *planner) disks() {
+	n := p.in.View.Nodes[p.in.Node].Wanted
+	if !p.in.Found.Known || !p.in.View.Cluster.Is() {
+		return
+	}
+	for _, name := range sorted(n.Value.Disks) {
+		path := n.Value.Disks[name].Path
+		if _, ok := p.in.Found.diskAt(path); !ok {
+			p.begin(AdoptDisk{follows{n.Rev}, path, p.in.View.Cluster.Value.ID})
+		}
+	}
+}
+
+// observeNode writes what the node is.
+func (p *planner) observeNode() {
+	node := p.in.View.Nodes[p.in.Node]
+	if !node.Wanted.Is() {
+		return
+	}
+	was := node.Observed.Value
+	o := catalog.NodeObserved{
+		Name: p.in.Node, Address: p.in.Address, BootID: was.BootID, Version: was.Version, Ready: p.in.Found.Known, Data: was.Data,
+		Conditions: copyConditions(was.Conditions), Disks: map[string]catalog.DiskObserved{}, Unrecorded: was.Unrecorded,
+	}
+	if f := p.in.Found; f.Known {
+		o.BootID, o.Version = f.BootID, f.Version
+		o.Data = catalog.DataObserved{Version: f.Version, PID: f.PID, Started: f.Started}
+		o.Unrecorded = p.unrecorded()
+	}
+	ready := catalog.Condition{Status: catalog.ConditionTrue}
+	if !o.Ready {
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "DataProcessAway", Message: "the data process does not answer"}
+	}
+	setCondition(o.Conditions, catalog.ConditionReady, ready, p.in.Now)
+	schedulable := catalog.Condition{Status: catalog.ConditionTrue}
+	if !node.Wanted.Value.AllowScheduling {
+		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "SchedulingDisabled"}
+	}
+	setCondition(o.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
+	pl := newPlacer(p.in.View)
+	for name, dw := range node.Wanted.Value.Disks {
+		o.Disks[name] = p.observeDisk(pl, node, dw, was.Disks[name])
+	}
+	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Value: o, Was: node.Observed.Rev}
+	for _, u := range o.Unrecorded {
+		if !slices.ContainsFunc(was.Unrecorded, func(x catalog.Unrecorded) bool { return x.Kind == u.Kind && x.ID == u.ID }) {
+			ev := note(p.in.Now, catalog.Warning, catalog.KindNode, p.in.Node, "Unrecorded")
+			ev.Message = fmt.Sprintf("%s %s (%q) is named by no record; it is left as it is", u.Kind, u.ID, u.Name)
+			w.Notes = append(w.Notes, ev)
+		}
+	}
+	p.write(w, was)
+}
+
+func (p *planner) observeDisk(pl *placer, node Node, dw catalog.DiskWanted, was catalog.DiskObserved) catalog.DiskObserved {
+	d := was
+	d.Conditions = copyConditions(was.Conditions)
+	found, ok := p.in.Found.diskAt(dw.Path)
+	ready := catalog.Condition{Status: catalog.ConditionTrue}
+	switch f, failed := p.in.Failures[FailureID(AdoptDisk{Path: dw.Path})]; {
+	case ok && found.Error != "":
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "DiskError", Message: found.Error}
+	case ok:
+	case !p.in.Found.Known:
+		ready = catalog.Condition{Status: catalog.ConditionUnknown, Reason: "DataProcessAway"}
+	case failed:
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotAdopted", Message: f.Message}
+	default:
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotAdopted", Message: "not in use yet"}
+	}
+	setCondition(d.Conditions, catalog.ConditionReady, ready, p.in.Now)
+	if ok {
+		d.DiskID, d.TotalBytes, d.FreeBytes = found.DiskID, found.TotalBytes, found.FreeBytes
+	}
+	d.Replicas, d.Images, d.ScheduledBytes = map[string]int64{}, map[string]int64{}, 0
+	for _, vol := range p.in.View.Volumes {
+		for _, r := range vol.Wanted.Value.Replicas {
+			if r.DiskID == d.DiskID && r.Node == p.in.Node {
+				d.Replicas[r.ReplicaID] = vol.Wanted.Value.SizeBytes
+				d.ScheduledBytes += vol.Wanted.Value.SizeBytes
+			}
+		}
+	}
+	for _, img := range found.Images {
+		d.Images[img.ImageID] = img.AllocatedBytes
+		d.ScheduledBytes += img.AllocatedBytes
+	}
+	schedulable := catalog.Condition{Status: catalog.ConditionTrue}
+	if reason := pl.refuseDisk(node.Wanted.Value, dw, d, want{}); reason != "" {
+		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotSchedulable", Message: reason}
+	}
+	setCondition(d.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
+	return d
+}
+
+// unrecorded lists what no record names.
+func (p *planner) unrecorded() []catalog.Unrecorded {
+	volumes, replicas, images := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	for _, v := range p.in.View.Volumes {
+		volumes[v.Wanted.Value.ID] = true
+		for _, r := range v.Wanted.Value.Replicas {
+			replicas[r.ReplicaID] = true
+		}
+	}
+	for _, i := range p.in.View.Images {
+		images[i.Wanted.Value.ID] = true
+	}
+	var out []catalog.Unrecorded
+	for _, d := range p.in.Found.Disks {
+		for _, r := range d.Replicas {
+			if !replicas[r.ReplicaID] {
+				out = append(out, catalog.Unrecorded{Kind: "replica", ID: r.ReplicaID, Name: r.Volume, DiskID: d.DiskID, Bytes: r.AllocatedBytes})
+			}
+		}
+		for _, i := range d.Images {
+			if !images[i.ImageID] {
+				out = append(out, catalog.Unrecorded{Kind: "image", ID: i.ImageID, Name: i.Name, DiskID: d.DiskID, Bytes: i.AllocatedBytes})
+			}
+		}
+	}
+	for _, v := range p.in.Found.Volumes {
+		if !volumes[v.VolumeID] {
+			out = append(out, catalog.Unrecorded{Kind: "volume", ID: v.VolumeID, Name: v.Volume, DiskID: v.DiskID})
+		}
+	}
+	return out
+}
+
+func copyConditions(m map[string]catalog.Condition) map[string]catalog.Condition {
+	out := make(map[string]catalog.Condition, len(m))
+	for k, v := range m {
+		out[k] = v
+	}
+	return out
+}

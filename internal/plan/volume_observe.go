@@ -1,0 +1,267 @@
+package plan
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+
+	"ashlar/internal/catalog"
+)
+
+// volumeHead is the name of the present among snapshots.
+const volumeHead = "volume-head"
+
+// observeVolume writes what is seen of a volume, and tells whether anything was new.
+func (p *planner) observeVolume(h *here) bool {
+	was := h.vol.Observed.Value
+	o := freshObserved(was, h.w)
+	o.State = volumeState(p, h, o.State)
+	o.Error = p.volumeError(h)
+	o.Node, o.Endpoint = "", ""
+	if o.State == catalog.VolumeAttached || o.State == catalog.VolumeAttaching || o.State == catalog.VolumeDetaching {
+		o.Node = p.in.Node
+	}
+	if o.State == catalog.VolumeAttached {
+		o.Endpoint = h.found.Endpoint
+	}
+	o.Robustness = p.robustness(h, o.State)
+	o.Epoch = max(o.Epoch, h.member.Value.Epoch, h.found.Epoch)
+	o.SizeBytes = h.size(o.SizeBytes)
+	o.Replicas = p.observeReplicas(h, o)
+	if h.open && len(h.found.Layers) > 0 {
+		o.Snapshots = snapshots(h.found.Layers)
+	}
+	p.volumeConditions(h, o.Conditions)
+	w := Write{Key: catalog.VolumeKey(catalog.Observed, o.Name), Value: o, Was: h.vol.Observed.Rev, Notes: p.volumeNotes(was, o)}
+	return p.write(w, was)
+}
+
+// volumeState is drawn in docs/formats/catalog.md. was tells what the volume was wanted for before, which is all that is left of a ticket that is gone.
+func volumeState(p *planner, h *here, was string) string {
+	leaving := catalog.VolumeDetached // opened for an operation only
+	if was == catalog.VolumeAttached || was == catalog.VolumeAttaching || was == catalog.VolumeDetaching {
+		leaving = catalog.VolumeDetaching
+	}
+	switch {
+	case h.w.Deleted != nil:
+		return catalog.VolumeDeleting
+	case h.open && !h.ticketed():
+		return leaving
+	case h.open && h.found.State == FoundOpen:
+		if h.found.Frontend != h.frontend() {
+			return leaving
+		}
+		return catalog.VolumeAttached
+	case h.open && h.found.State == FoundClosing:
+		return leaving
+	case h.open && h.found.State == FoundFailed && h.found.Epoch > 0:
+		return catalog.VolumeAttached // it is there, and returns errors
+	case h.lost(), h.open && needsPerson(h.found.Code), p.refused(h):
+		return catalog.VolumeDetached
+	case !h.there && h.diskOK || !h.member.Is():
+		return catalog.VolumeCreating
+	case h.ticketed():
+		return catalog.VolumeAttaching
+	}
+	return catalog.VolumeDetached
+}
+
+// needsPerson tells whether opening is refused until somebody does something about it.
+func needsPerson(code string) bool {
+	switch code {
+	case catalog.CodeFailed, catalog.CodeNeedsSalvage, catalog.CodeCorrupt, catalog.CodeStale:
+		return true
+	}
+	return false
+}
+
+// refused tells whether the volume was to be opened and that needs a person.
+func (p *planner) refused(h *here) bool {
+	f, ok := p.failure(h.openAction())
+	return ok && !h.open && h.ticketed() && needsPerson(f.Code)
+}
+
+func (p *planner) robustness(h *here, state string) string {
+	failed := h.open && h.found.State == FoundFailed && needsPerson(h.found.Code)
+	switch {
+	case h.w.Deleted != nil:
+		return catalog.RobustnessUnknown
+	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "":
+		return catalog.RobustnessFaulted
+	case state != catalog.VolumeAttached:
+		return catalog.RobustnessUnknown
+	}
+	inSync := 0
+	for _, m := range h.member.Value.Members {
+		if m.InSync {
+			inSync++
+		}
+	}
+	switch {
+	case inSync == 0:
+		return catalog.RobustnessFaulted
+	case inSync < h.w.Copies:
+		return catalog.RobustnessDegraded
+	}
+	return catalog.RobustnessHealthy
+}
+
+// volumeError says why the wanted state is not there yet, if that is worth a sentence.
+func (p *planner) volumeError(h *here) string {
+	if h.w.Deleted != nil {
+		f, _ := p.failure(DeleteReplica{follows: follows{h.vol.Wanted.Rev}, VolumeID: h.w.ID})
+		if !h.diskOK {
+			return "its disk " + h.place.DiskID + " is not there: " + h.disk.Error
+		}
+		return f.Message
+	}
+	if h.open && h.found.State == FoundFailed {
+		return h.found.Error
+	}
+	if h.open && h.found.State == FoundOpen {
+		return ""
+	}
+	if len(h.w.Tickets) > 0 && !h.ticketed() {
+		return "wanted on node " + h.w.Tickets[0].Node + ", but its copy is on node " + h.place.Node
+	}
+	switch {
+	case !h.member.Is() && h.vol.Observed.Value.Epoch > 0:
+		return "its membership record is missing; ashlar recover makes it again from the disks"
+	case h.lost():
+		return "replica " + h.place.ReplicaID + " is not on disk " + h.place.DiskID + " any more"
+	case !h.diskOK:
+		return strings.TrimSuffix("disk "+h.place.DiskID+" cannot be used: "+h.disk.Error, ": ")
+	}
+	for _, a := range []Action{h.createAction(), h.openAction()} {
+		if f, ok := p.failure(a); ok && (h.ticketed() || !h.there) {
+			return f.Message
+		}
+	}
+	return ""
+}
+
+func (h *here) size(was int64) int64 {
+	switch {
+	case h.open && h.found.SizeBytes > 0:
+		return h.found.SizeBytes
+	case h.there && h.replica.SizeBytes > 0:
+		return h.replica.SizeBytes
+	}
+	return was
+}
+
+// observeReplicas shows the replica that is here; those of other nodes are theirs to show.
+func (p *planner) observeReplicas(h *here, o catalog.VolumeObserved) []catalog.ReplicaObserved {
+	r := catalog.ReplicaObserved{ReplicaID: h.place.ReplicaID, Node: h.place.Node, DiskID: h.place.DiskID, Created: h.there || !h.diskOK}
+	out := []catalog.ReplicaObserved{}
+	var was catalog.ReplicaObserved
+	for _, other := range o.Replicas {
+		placed := slices.ContainsFunc(h.w.Replicas, func(p catalog.Placement) bool { return p.ReplicaID == other.ReplicaID })
+		if other.ReplicaID == r.ReplicaID {
+			was = other
+		} else if placed {
+			out = append(out, other)
+		}
+	}
+	r.DataPath, r.AllocatedBytes = was.DataPath, was.AllocatedBytes
+	if h.there {
+		r.DataPath, r.AllocatedBytes = h.replica.DataPath, h.replica.AllocatedBytes
+	}
+	if h.open && h.found.State == FoundOpen {
+		r.Running, r.Mode = true, "RW"
+	}
+	if o.Robustness == catalog.RobustnessFaulted {
+		r.Running, r.Mode, r.FailedAt = false, "ERR", was.FailedAt
+		if r.FailedAt == "" {
+			r.FailedAt = p.in.Now.UTC().Format(time.RFC3339)
+		}
+	}
+	out = append(out, r)
+	slices.SortFunc(out, func(a, b catalog.ReplicaObserved) int { return cmp.Compare(a.ReplicaID, b.ReplicaID) })
+	return out
+}
+
+// snapshots turns layers into what the dialect shows: parents and children by name.
+func snapshots(layers []FoundLayer) []catalog.SnapshotObserved {
+	names := map[string]string{}
+	for _, l := range layers {
+		switch {
+		case l.Head:
+			names[l.ID] = volumeHead
+		case l.Snapshot != "":
+			names[l.ID] = l.Snapshot
+		default:
+			names[l.ID] = l.ID
+		}
+	}
+	out := make([]catalog.SnapshotObserved, 0, len(layers))
+	for _, l := range layers {
+		s := catalog.SnapshotObserved{
+			Name: names[l.ID], LayerID: l.ID, Parent: names[l.Parent], Children: []string{}, Removed: l.Removed, UserCreated: l.UserCreated,
+			Created: l.Created.UTC(), SizeBytes: l.AllocatedBytes, Labels: l.Labels,
+		}
+		for _, c := range layers {
+			if c.Parent == l.ID {
+				s.Children = append(s.Children, names[c.ID])
+			}
+		}
+		slices.Sort(s.Children)
+		out = append(out, s)
+	}
+	slices.SortFunc(out, func(a, b catalog.SnapshotObserved) int {
+		return cmp.Or(a.Created.Compare(b.Created), cmp.Compare(a.LayerID, b.LayerID))
+	})
+	return out
+}
+
+// volumeConditions: that copies are missing is control's to say, that all are placed is said here.
+func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
+	if len(h.w.Replicas) >= h.w.Copies {
+		setCondition(m, catalog.ConditionScheduled, catalog.Condition{Status: catalog.ConditionTrue}, p.in.Now)
+	}
+	if h.w.ImageID == "" || h.w.Deleted != nil {
+		return
+	}
+	wait := catalog.Condition{Status: catalog.ConditionFalse}
+	fits := catalog.Condition{Status: catalog.ConditionFalse}
+	img, ready := h.disk.image(h.w.ImageID)
+	if ready && img.VirtualSizeBytes > h.w.SizeBytes && !h.there {
+		fits = catalog.Condition{
+			Status: catalog.ConditionTrue, Reason: "TooSmall",
+			Message: "the image has " + size(img.VirtualSizeBytes) + ", the volume " + size(h.w.SizeBytes),
+		}
+	}
+	if !ready && !h.there && h.diskOK {
+		wait = catalog.Condition{Status: catalog.ConditionTrue, Reason: catalog.ReasonWaiting}
+		o := p.in.View.Images[h.w.Image].Observed.Value
+		if d := o.Disks[h.place.DiskID]; o.ID == h.w.ImageID && d.State == catalog.ImageFailed {
+			wait.Reason, wait.Message = catalog.ReasonGetBackingImageFailed, d.Message
+		}
+	}
+	setCondition(m, catalog.ConditionWaitForImage, wait, p.in.Now)
+	setCondition(m, catalog.ConditionImageIncompatible, fits, p.in.Now)
+}
+
+// volumeNotes tells people what changed.
+func (p *planner) volumeNotes(was, o catalog.VolumeObserved) []catalog.EventRecord {
+	var out []catalog.EventRecord
+	add := func(typ, reason, message string) {
+		ev := note(p.in.Now, typ, catalog.KindVolume, o.Name, reason)
+		ev.Message = message
+		out = append(out, ev)
+	}
+	if was.ID != o.ID {
+		was = catalog.VolumeObserved{State: catalog.VolumeCreating}
+	}
+	if o.State == catalog.VolumeAttached && was.State != o.State {
+		add(catalog.Normal, "Attached", "to node "+o.Node)
+	}
+	if o.State == catalog.VolumeDetached && (was.State == catalog.VolumeAttached || was.State == catalog.VolumeDetaching) {
+		add(catalog.Normal, "Detached", "")
+	}
+	if o.Robustness == catalog.RobustnessFaulted && was.Robustness != o.Robustness {
+		add(catalog.Warning, "Faulted", o.Error)
+	}
+	return out
+}
