@@ -5,8 +5,11 @@
 package replica
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"ashlar/internal/block"
@@ -15,8 +18,8 @@ import (
 // Writer names who speaks: the epoch of the volume's current writer and the number of its connection. A replica refuses a
 // lower epoch, and within an epoch a lower session, with block.ErrFenced.
 type Writer struct {
-	Epoch   uint64
-	Session uint64
+	Epoch   uint64 `json:"epoch"`
+	Session uint64 `json:"session"`
 }
 
 // Less tells whether w is older than o.
@@ -36,6 +39,12 @@ type Chain struct {
 	Base       LayerID   `json:"base,omitempty"`
 }
 
+// Equal tells whether c and o are the same chain. The base counts only where both name one: whoever writes a volume's first record may not know it yet.
+func (c Chain) Equal(o Chain) bool {
+	return c.Generation == o.Generation && c.SizeBytes == o.SizeBytes && slices.Equal(c.Layers, o.Layers) &&
+		(c.Base == o.Base || c.Base == "" || o.Base == "")
+}
+
 // Record is a volume's membership: the one record that every compare-and-swap compares whole, and of which every replica durably keeps
 // the newest it was sent (design: invariants 7, 9, 13, 14).
 type Record struct {
@@ -51,6 +60,14 @@ type Record struct {
 	LastChange time.Time `json:"lastChange"`
 }
 
+// Less tells whether r is older than o: a lower epoch, or within an epoch a lower generation.
+func (r Record) Less(o Record) bool {
+	return r.Epoch < o.Epoch || r.Epoch == o.Epoch && r.Generation < o.Generation
+}
+
+// Equal tells whether r and o are the same record, as they are written down.
+func (r Record) Equal(o Record) bool { return sameJSON(r, o) }
+
 // Member is one wanted replica in a Record.
 type Member struct {
 	ReplicaID   string `json:"replicaID"`
@@ -62,11 +79,22 @@ type Member struct {
 
 // Change is a pending change of the chain.
 type Change struct {
-	Verb     string        `json:"verb"` // "snapshot", "expand", "revert", "merge"
+	Verb     string        `json:"verb"` // VerbSnapshot, VerbExpand, VerbRevert, VerbMerge
 	Chain    Chain         `json:"chain"`
 	Snapshot *SnapshotMeta `json:"snapshot,omitempty"` // snapshot, expand: what the sealed head becomes
 	Merge    *Merge        `json:"merge,omitempty"`    // merge: which layers become one
 }
+
+// Equal tells whether c and o are the same change, as they are written down.
+func (c Change) Equal(o Change) bool { return sameJSON(c, o) }
+
+// The verbs of a Change.
+const (
+	VerbSnapshot = "snapshot"
+	VerbExpand   = "expand"
+	VerbRevert   = "revert"
+	VerbMerge    = "merge"
+)
 
 // Merge makes one layer of two sealed ones, of which Lower is marked removed and Upper is its only child. Into is a new id and
 // carries Upper's snapshot. Prepare builds it while I/O goes on; Change swaps it in and then drops the two.
@@ -143,3 +171,10 @@ var (
 	// ErrChain: the replica's chain is neither the one the change starts from nor the one it leads to.
 	ErrChain = errors.New("chain does not match")
 )
+
+// sameJSON compares two values as they are written down: nothing else survives a catalogue or a crash.
+func sameJSON(a, b any) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}
