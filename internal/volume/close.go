@@ -1,0 +1,121 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"ashlar/internal/block"
+)
+
+// Close stops I/O, flushes, records that nobody writes any more (the detach), and closes the copies. It is done even when it returns an error: nothing is
+// served afterwards. With ErrUnreachable, or after a crash in between, the record still names this writer, which the next open takes as a writer that died.
+// Called again it does nothing.
+func (v *Volume) Close(ctx context.Context) error {
+	return v.stop(ctx, true)
+}
+
+// Suspend is Close without the detach: the record keeps its writer, so that this node, in the same boot, can Resume without the catalogue while its guests wait.
+func (v *Volume) Suspend(ctx context.Context) error {
+	return v.stop(ctx, false)
+}
+
+func (v *Volume) stop(ctx context.Context, detach bool) error {
+	v.mu.Lock()
+	if v.closed {
+		v.mu.Unlock()
+		return nil
+	}
+	v.closed = true
+	v.mu.Unlock()
+	v.cancel()
+	v.bg.Wait()
+
+	var errs []error
+	token := v.acquire(ctx)
+	if token == nil {
+		defer v.release()
+	}
+	errs = append(errs, token)
+	if detach && token == nil && v.down() == nil {
+		errs = append(errs, v.settleForGood(ctx))
+	}
+	drained := v.drain(ctx)
+	errs = append(errs, drained)
+	if detach && token == nil && (drained == nil || v.down() != nil) {
+		errs = append(errs, v.detach(ctx))
+	}
+	v.end(StateClosed, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrClosed))
+	errs = append(errs, v.gate.Close())
+	for _, r := range v.copies {
+		errs = append(errs, r.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("close volume %s: %w", v.cfg.Name, err)
+	}
+	return nil
+}
+
+// settleForGood finishes what is pending, so that a detached volume's record has one chain.
+func (v *Volume) settleForGood(ctx context.Context) error {
+	err := v.settle(ctx)
+	for range verbTries {
+		if !errors.Is(err, errMoved) {
+			break
+		}
+		if err = v.keep(ctx); err == nil {
+			err = v.settle(ctx)
+		}
+	}
+	return err
+}
+
+// drain lets the I/O under way end, flushes, and answers ErrClosed to what comes later. A volume that has ended otherwise is left as it is.
+func (v *Volume) drain(ctx context.Context) error {
+	if v.down() != nil {
+		return nil
+	}
+	if err := v.gate.Hold(ctx); err != nil {
+		return fmt.Errorf("wait for I/O under way: %w", err)
+	}
+	defer v.gate.Release()
+	for i, r := range v.copies {
+		if err := r.Flush(); err != nil {
+			return v.verbError(i, "flush", fmt.Errorf("%w: %w", block.ErrFailed, err))
+		}
+	}
+	v.end(StateClosed, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrClosed))
+	return nil
+}
+
+// detach swaps the writer out of the record, and a failure into it.
+func (v *Volume) detach(ctx context.Context) error {
+	var failure error
+	if e := v.ended.Load(); e != nil && e.state == StateFenced {
+		return nil // the record is another writer's
+	} else if e != nil && e.state == StateFailed {
+		failure = e.err
+	}
+	var err error
+	for range verbTries {
+		if err = v.refresh(ctx); err != nil {
+			return err
+		}
+		next := v.book.rec
+		if failure != nil {
+			if next, err = FailMember(next, v.cfg.Replicas[0].ID, failure.Error(), v.cfg.Now()); err != nil {
+				return err
+			}
+		}
+		if err = v.swap(ctx, Released(next, v.cfg.Now())); !errors.Is(err, errMoved) {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if err := v.keep(ctx); err != nil && failure == nil {
+		return err
+	}
+	return nil
+}
