@@ -230,8 +230,11 @@ func TestBadServers(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			base := serve(t, c.h)
-			// Long enough for a busy machine to answer, short enough to wait for.
-			_, _, err := imported(t.Context(), t, Request{Source: base + "/dir/image?token=secret", IdleTimeout: 500 * time.Millisecond})
+			idle := 30 * time.Second
+			if c.want == ErrStalled {
+				idle = 300 * time.Millisecond
+			}
+			_, _, err := imported(t.Context(), t, Request{Source: base + "/dir/image?token=secret", IdleTimeout: idle})
 			if !errors.Is(err, c.want) {
 				t.Fatalf("got %v, want %v", err, c.want)
 			}

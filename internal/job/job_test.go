@@ -610,3 +610,25 @@ func TestProxy(t *testing.T) {
 		t.Errorf("the proxy was asked for %s", got)
 	}
 }
+
+// FuzzWire: no line, from either side, does more than be refused.
+func FuzzWire(f *testing.F) {
+	spec, err := json.Marshal(Spec{Kind: KindImport, Import: &Import{Source: "/x", Root: "/r", Name: "tmp/x", LayerID: string(layer.NewID()), BootID: string(layer.NewID())}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, s := range []string{string(spec), `{"progress":{"percent":7}}`, `{"error":{"codes":["format"],"message":"m"}}`, `{"result":{"digest":"a1:"}}`, `{}`, `null`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if s, err := decodeSpec(b); err == nil && s.Kind == KindImport {
+			if !filepath.IsAbs(s.Import.Root) || !filepath.IsLocal(s.Import.Name) {
+				t.Fatalf("accepted %+v", s.Import)
+			}
+		}
+		var m message
+		if json.Unmarshal(b, &m) == nil && m.valid() && m.Error != nil {
+			_ = m.Error.err().Error()
+		}
+	})
+}
