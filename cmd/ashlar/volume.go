@@ -1,0 +1,273 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ashlar/internal/api"
+	"ashlar/internal/api/client"
+)
+
+func (a *app) volumeCommand() *cobra.Command {
+	return group("volume", "Disks of virtual machines", a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeAttach(), a.volumeDetach(), a.volumeExpand(),
+		a.volumeSalvage(), a.volumeDelete())
+}
+
+func (a *app) volumeCreate() *cobra.Command {
+	n := client.NewVolume{}
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Create a volume, empty or on top of an image",
+		Long: `Create a thin volume. Sizes are bytes or quantities (10Gi, 500M), rounded up to 2 MiB; 10 MiB at least, 15 TiB at most.
+Without --size a volume is as large as its image.`,
+		Example: "  ashlar volume create db1 --image debian --size 20Gi\n  ashlar volume create scratch --size 500M",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n.Name = args[0]
+			return a.withNode(func(c *client.Client) error { return a.createVolume(cmd.Context(), c, n) })
+		},
+	}
+	cmd.Flags().StringVar(&n.Size, "size", "", "size; default: the image's")
+	cmd.Flags().StringVar(&n.Image, "image", "", "image to stand on")
+	cmd.Flags().IntVar(&n.Copies, "copies", 0, "copies to keep; default: 3, or as many as there are nodes")
+	return a.waits(cmd, 30*time.Second)
+}
+
+func (a *app) createVolume(ctx context.Context, c *client.Client, n client.NewVolume) error {
+	if n.Copies == 0 {
+		copies, err := defaultCopies(ctx, c)
+		if err != nil {
+			return err
+		}
+		n.Copies = copies
+	}
+	start := a.now()
+	v, err := c.CreateVolume(ctx, n)
+	if err != nil {
+		return err
+	}
+	if a.waiting() {
+		short, cancel := a.bounded(ctx)
+		defer cancel()
+		last, err := c.WaitVolume(short, n.Name, func(v api.Volume) (bool, error) { return v.State != "creating", nil })
+		if err != nil {
+			return stillGoing(err, "volume %s is still being created%s; `ashlar volume show %s`", n.Name, because(last), n.Name)
+		}
+		v = last
+	}
+	return a.print(v, func() {
+		a.say("volume %s: %s, %s, in %s", v.Name, v.State, sizeOf(v.Size), a.now().Sub(start).Round(time.Millisecond))
+	})
+}
+
+// because is what a volume's record says about why it is not where it should be.
+func because(v api.Volume) string {
+	if v.Error != "" {
+		return ": " + v.Error
+	}
+	for _, name := range []string{"Scheduled", "WaitForBackingImage", "BackingImageIncompatible"} {
+		c := v.Conditions[name]
+		if (c.Status == "True") != (name == "Scheduled") && c.Status != "" && c.Message != "" {
+			return ": " + c.Message
+		}
+	}
+	return ""
+}
+
+func (a *app) volumeList() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List volumes", Example: "  ashlar volume list\n  ashlar volume list -o json", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.withNode(func(c *client.Client) error {
+				list, err := c.Volumes(cmd.Context())
+				if err != nil {
+					return err
+				}
+				return a.print(list, func() {
+					rows := [][]string{{"NAME", "STATE", "HEALTH", ">SIZE", ">USED", "COPIES", "NODE", "IMAGE", "CREATED"}}
+					for _, v := range list {
+						rows = append(rows, []string{v.Name, v.State, v.Robustness, sizeOf(v.Size), size(used(v)), copies(v), dash(v.Controllers[0].HostID),
+							dash(v.BackingImage), a.ago(v.Created)})
+					}
+					a.table(rows)
+				})
+			})
+		},
+	}
+}
+
+// used is what a volume's copies take on disk.
+func used(v api.Volume) int64 {
+	var sum int64
+	for _, r := range v.Replicas {
+		n, err := strconv.ParseInt(r.AllocatedBytes, 10, 64)
+		if err == nil {
+			sum += n
+		}
+	}
+	return sum
+}
+
+// copies says how many there are of how many wanted.
+func copies(v api.Volume) string {
+	placed := 0
+	for _, r := range v.Replicas {
+		if r.HostID != "" {
+			placed++
+		}
+	}
+	return fmt.Sprintf("%d/%d", placed, v.NumberOfReplicas)
+}
+
+func (a *app) volumeShow() *cobra.Command {
+	return &cobra.Command{
+		Use: "show NAME", Short: "Show a volume, its copies, and how to use it", Example: "  ashlar volume show db1", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withNode(func(c *client.Client) error {
+				v, err := c.Volume(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				return a.print(v, func() { a.showVolume(v) })
+			})
+		},
+	}
+}
+
+func (a *app) showVolume(v api.Volume) {
+	ctl := v.Controllers[0]
+	frontend := v.Frontend
+	if v.DisableFrontend {
+		frontend += " (disabled for this attachment)"
+	}
+	a.fields("Name", v.Name, "State", v.State, "Health", v.Robustness, "Size", sizeOf(v.Size), "Used", size(used(v)), "Image", v.BackingImage, "Copies", copies(v),
+		"Node", ctl.HostID, "Frontend", frontend, "Endpoint", ctl.Endpoint, "Created", a.ago(v.Created), "Problem", v.Error)
+	a.say("")
+	rows := [][]string{{"COPY", "NODE", "DISK", "MODE", ">USED", "PATH"}}
+	for _, r := range v.Replicas {
+		mode := r.Mode
+		if r.FailedAt != "" {
+			mode = "failed"
+		}
+		rows = append(rows, []string{r.Name, dash(r.HostID), dash(r.DiskPath), dash(mode), sizeOf(r.AllocatedBytes), dash(r.DataPath)})
+	}
+	a.table(rows)
+	for _, name := range slices.Sorted(maps.Keys(v.Conditions)) {
+		if c := v.Conditions[name]; c.Message != "" {
+			a.say("\n%s is %s: %s", name, c.Status, c.Message)
+		}
+	}
+}
+
+func (a *app) volumeDetach() *cobra.Command {
+	var d client.Detachment
+	cmd := &cobra.Command{
+		Use: "detach NAME", Short: "Take a volume back from its guest", Long: "Detach a volume. Shut the guest down first: it loses its disk.",
+		Example: "  ashlar volume detach db1", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withNode(func(c *client.Client) error {
+				v, err := c.Detach(cmd.Context(), args[0], d)
+				if err != nil {
+					return err
+				}
+				if a.waiting() {
+					if v, err = a.waitDetached(cmd.Context(), c, args[0]); err != nil {
+						return err
+					}
+					if v.State == "attached" {
+						return api.Failure(api.CodeConflict, "volume %s stays attached: others asked for it too; --force takes it from them", v.Name)
+					}
+				}
+				return a.print(v, func() { a.say("volume %s: %s", v.Name, v.State) })
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&d.Force, "force", false, "also attachments that others made")
+	return a.waits(cmd, time.Minute)
+}
+
+func (a *app) waitDetached(ctx context.Context, c *client.Client, name string) (api.Volume, error) {
+	short, cancel := a.bounded(ctx)
+	defer cancel()
+	v, err := c.WaitVolume(short, name, func(v api.Volume) (bool, error) {
+		// Others may hold it too; then it stays attached, and is said to be.
+		return v.State != "detaching", nil
+	})
+	return v, stillGoing(err, "volume %s is still detaching%s", name, because(v))
+}
+
+func (a *app) volumeExpand() *cobra.Command {
+	var bytes string
+	cmd := &cobra.Command{
+		Use: "expand NAME --size SIZE", Short: "Make a volume larger, also under a running guest",
+		Long:    "Expand a volume, attached or not. It cannot shrink. A running guest sees the new size when its NBD client connects again.",
+		Example: "  ashlar volume expand db1 --size 40Gi", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if bytes == "" {
+				return usageError{cmd, errors.New("--size is missing")}
+			}
+			return a.withNode(func(c *client.Client) error {
+				v, err := c.Expand(cmd.Context(), args[0], bytes)
+				if err != nil {
+					return stillGoing(err, "the expansion of volume %s goes on; `ashlar volume show %s`", args[0], args[0])
+				}
+				return a.print(v, func() { a.say("volume %s: %s", v.Name, sizeOf(v.Size)) })
+			})
+		},
+	}
+	cmd.Flags().StringVar(&bytes, "size", "", "the new size")
+	return cmd
+}
+
+func (a *app) volumeSalvage() *cobra.Command {
+	return &cobra.Command{
+		Use: "salvage NAME", Short: "Open a faulted volume from what is left of it",
+		Long: `Salvage a volume whose last copy failed: a flush did not succeed, so what was written since the flush before it may be lost, although a guest
+was told nothing worse than an I/O error. It is a person's decision to go on with such a disk. Check its file systems afterwards.`,
+		Example: "  ashlar volume salvage db1", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withNode(func(c *client.Client) error {
+				v, err := c.Salvage(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				return a.print(v, func() {
+					a.say("volume %s: will be opened from what is left when it is attached; check its file systems then", v.Name)
+				})
+			})
+		},
+	}
+}
+
+func (a *app) volumeDelete() *cobra.Command {
+	return a.waits(&cobra.Command{
+		Use: "delete NAME…", Aliases: []string{"rm"}, Short: "Delete volumes with all their snapshots, attached or not", Example: "  ashlar volume delete db1",
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withNode(func(c *client.Client) error {
+				for _, name := range args {
+					if err := c.DeleteVolume(cmd.Context(), name); err != nil {
+						return err
+					}
+					if a.waiting() {
+						short, cancel := a.bounded(cmd.Context())
+						err := c.WaitVolumeGone(short, name)
+						cancel()
+						if err != nil {
+							return stillGoing(err, "the deletion of volume %s goes on", name)
+						}
+					}
+					a.say("volume %s: deleted", name)
+				}
+				return nil
+			})
+		},
+	}, time.Minute)
+}
