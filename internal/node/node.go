@@ -1,0 +1,264 @@
+// Package node is the composition root of `ashlar serve`: Start builds one node from the bottom up (its lock, the holder and the data process, the catalogue,
+// control, the agent, REST), Close takes it down in reverse. Nothing else in the house knows all of these. The data process is not a part of it: it is
+// found, or started through the holder, and outlives it.
+//
+// Read next: agent (what a node does), control (what a cluster decides), ../../docs/tour.md.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ashlar/internal/agent"
+	"ashlar/internal/api"
+	apiclient "ashlar/internal/api/client"
+	"ashlar/internal/catalog"
+	"ashlar/internal/catalog/etcd"
+	"ashlar/internal/control"
+	"ashlar/internal/dataplane/client"
+	"ashlar/internal/dataplane/hold"
+)
+
+// Config says what a node is.
+type Config struct {
+	// DataDir keeps the catalogue (etcd/) and the first disk (disks/default/); absolute.
+	DataDir string
+	// RunDir keeps sockets and what belongs to one boot; absolute and short, because a socket's path holds at most 108 bytes.
+	RunDir string
+	// Listen is REST's TCP address, loopback only; empty: only <run-dir>/api.sock.
+	Listen string
+	// Name is the node's name in the cluster.
+	Name string
+	// Version is this build's.
+	Version string
+	// Etcd are the endpoints of an existing etcd; empty: one is embedded.
+	Etcd []string
+	// Binary is started as holder and data process; empty: this program.
+	Binary string
+	// Log takes what a record cannot; nil: dropped.
+	Log *slog.Logger
+}
+
+var (
+	// ErrConfig: something is missing or wrong.
+	ErrConfig = errors.New("bad configuration")
+	// ErrInUse: another `ashlar serve` has the data directory.
+	ErrInUse = errors.New("data directory is in use by another ashlar serve")
+)
+
+func (c *Config) check() error {
+	for what, dir := range map[string]string{"data directory": c.DataDir, "run directory": c.RunDir} {
+		if !filepath.IsAbs(dir) {
+			return fmt.Errorf("%w: the %s %q is not an absolute path", ErrConfig, what, dir)
+		}
+	}
+	if c.Name == "" {
+		return fmt.Errorf("%w: a node needs a name", ErrConfig)
+	}
+	if c.Listen != "" {
+		if err := api.CheckListen(c.Listen); err != nil {
+			return fmt.Errorf("%w: --listen %s: %w", ErrConfig, c.Listen, err)
+		}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+// Node is a running node.
+type Node struct {
+	cfg    Config
+	undo   []func() error // what Close does, last first
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	loops  sync.WaitGroup
+	keeper *hold.Keeper
+}
+
+// errStopped ends the loops without blame.
+var errStopped = errors.New("stopped")
+
+// readyTimeout bounds each step of Start.
+const readyTimeout = 30 * time.Second
+
+// Start builds the node and returns when its REST API answers. ErrConfig, ErrInUse, and the errors of what it builds. The caller calls Close.
+func Start(ctx context.Context, cfg Config) (*Node, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg}
+	n.ctx, n.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	if err := n.build(ctx); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+// build starts everything, lowest first; each step leaves behind how it is undone.
+func (n *Node) build(ctx context.Context) error {
+	if err := n.lock(); err != nil {
+		return err
+	}
+	listeners, err := n.listen()
+	if err != nil {
+		return err
+	}
+	if n.keeper, err = hold.Keep(ctx, n.holdConfig()); err != nil {
+		return fmt.Errorf("start the holder: %w", err)
+	}
+	n.undo = append(n.undo, n.keeper.Close)
+	cat, err := n.openCatalogue(ctx)
+	if err != nil {
+		return fmt.Errorf("open the catalogue: %w", err)
+	}
+	n.undo = append(n.undo, cat.Close)
+	ag, err := agent.New(agent.Config{
+		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.ensureData, RunDir: n.cfg.RunDir, Log: n.cfg.Log,
+		Disks: map[string]catalog.DiskWanted{"default": {Path: filepath.Join(n.cfg.DataDir, "disks", "default"), AllowScheduling: true}},
+		Stop:  func() { n.cancel(errStopped) },
+	})
+	if err != nil {
+		return err
+	}
+	n.undo = append(n.undo, func() error { n.cancel(errStopped); n.loops.Wait(); return nil })
+	n.loop("agent", ag.Run)
+	n.loop("control", control.New(control.Config{Catalog: cat, Log: n.cfg.Log}).Run)
+	handler := api.New(api.Config{Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, CodeOf: codeOf, Log: n.cfg.Log})
+	for _, l := range listeners {
+		n.loop("REST on "+l.Addr().String(), func(ctx context.Context) error { return client.Serve(ctx, l, handler, time.Second) })
+	}
+	return nil
+}
+
+// codeOf is the API's code for what the agent could not answer; the words are those of the data process's wire.
+func codeOf(err error) string {
+	switch {
+	case errors.Is(err, agent.ErrAway):
+		return string(api.CodeUnreachable)
+	case errors.Is(err, agent.ErrNotHere):
+		return string(api.CodeNotFound)
+	}
+	return string(client.CodeOf(err))
+}
+
+// loop runs fn until the node is closed; if it ends by itself the node ends with it.
+func (n *Node) loop(what string, fn func(context.Context) error) {
+	n.loops.Go(func() {
+		err := fn(n.ctx)
+		if n.ctx.Err() == nil {
+			n.cancel(fmt.Errorf("%s ended: %w", what, err))
+		}
+	})
+}
+
+// lock takes the data directory for this process.
+func (n *Node) lock() error {
+	for _, d := range []string{n.cfg.DataDir, n.cfg.RunDir} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return err
+		}
+	}
+	f, err := os.OpenFile(filepath.Join(n.cfg.DataDir, "serve.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return fmt.Errorf("%s: %w", n.cfg.DataDir, ErrInUse)
+	}
+	n.undo = append(n.undo, f.Close)
+	return nil
+}
+
+// listen opens REST's sockets before anything is started, so that a port that is taken is found first.
+func (n *Node) listen() ([]net.Listener, error) {
+	sock, err := client.Listen(apiclient.Socket(n.cfg.RunDir))
+	if err != nil {
+		return nil, err
+	}
+	n.undo = append(n.undo, func() error { return ignoreClosed(sock.Close()) })
+	if n.cfg.Listen == "" {
+		return []net.Listener{sock}, nil
+	}
+	tcp, err := net.Listen("tcp", n.cfg.Listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen for REST (choose another address with --listen): %w", err)
+	}
+	n.undo = append(n.undo, func() error { return ignoreClosed(tcp.Close()) })
+	return []net.Listener{sock, tcp}, nil
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+func (n *Node) holdConfig() hold.Config {
+	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Log: n.cfg.Log}
+}
+
+func (n *Node) openCatalogue(ctx context.Context) (*etcd.Store, error) {
+	if len(n.cfg.Etcd) > 0 {
+		return etcd.Open(ctx, etcd.Options{Endpoints: n.cfg.Etcd, Log: n.cfg.Log})
+	}
+	return etcd.Open(ctx, etcd.Options{Dir: filepath.Join(n.cfg.DataDir, "etcd"), Log: n.cfg.Log})
+}
+
+// ensureData returns the data process that answers. The keeper sees to the holder, and the holder to the data process, so all there is to do is to ask whoever listens.
+func (n *Node) ensureData(ctx context.Context) (client.Service, error) {
+	if _, err := n.keeper.Status(ctx); err != nil {
+		return nil, err
+	}
+	sockets, err := client.DataSockets(n.cfg.RunDir)
+	if err != nil {
+		return nil, err
+	}
+	last := fmt.Errorf("no data process listens in %s: %w", client.DataDir(n.cfg.RunDir), os.ErrNotExist)
+	for _, s := range sockets {
+		c := client.New(s)
+		if _, err := c.Hello(ctx); err != nil {
+			last = err
+			continue
+		}
+		return c, nil
+	}
+	return nil, last
+}
+
+// Wait returns when the node has stopped: nil after an orderly shutdown, otherwise why.
+func (n *Node) Wait(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-n.ctx.Done():
+	}
+	if err := context.Cause(n.ctx); !errors.Is(err, errStopped) {
+		return err
+	}
+	return nil
+}
+
+// Close takes the node down, last built first. The data process, the holder and every guest's I/O go on.
+func (n *Node) Close() error {
+	n.cancel(errStopped)
+	var errs []error
+	for i := len(n.undo) - 1; i >= 0; i-- {
+		errs = append(errs, n.undo[i]())
+	}
+	n.undo = nil
+	return errors.Join(errs...)
+}
