@@ -3,7 +3,6 @@ package main
 import (
 	"github.com/spf13/cobra"
 
-	"ashlar/internal/api"
 	"ashlar/internal/api/client"
 )
 
@@ -15,11 +14,7 @@ if it found problems.`,
 		Example: "  ashlar check db1", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withNode(func(c *client.Client) error {
-				var report api.CheckReport
-				err := a.borrow(cmd.Context(), c, args[0], func() (err error) {
-					report, err = c.Check(cmd.Context(), args[0])
-					return err
-				})
+				report, err := c.Check(cmd.Context(), args[0])
 				if err != nil {
 					return stillGoing(err, "the check of volume %s may still be going on", args[0])
 				}

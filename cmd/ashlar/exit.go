@@ -9,6 +9,7 @@ import (
 
 	"ashlar/internal/api"
 	"ashlar/internal/api/client"
+	"ashlar/internal/node"
 )
 
 // Exit codes, as docs/cli.md and the help text list them.
@@ -56,11 +57,18 @@ func stillGoing(err error, format string, args ...any) error {
 // exitCode is the one switch from errors to exit codes.
 func exitCode(ctx context.Context, err error) int {
 	var usage usageError
+	var own exitStatus
 	switch {
 	case err == nil:
 		return exitDone
+	case errors.As(err, &own):
+		return int(own)
 	case errors.As(err, &usage):
 		return exitUsage
+	case errors.Is(err, node.ErrInUse):
+		return exitConflict
+	case errors.Is(err, node.ErrConfig):
+		return exitRefused
 	case errors.Is(err, errProblems):
 		return exitProblems
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
@@ -86,8 +94,9 @@ func (a *app) report(ctx context.Context, err error) int {
 	code := exitCode(ctx, err)
 	var usage usageError
 	var on *goesOn
+	var own exitStatus
 	switch {
-	case err == nil || errors.Is(err, errProblems):
+	case err == nil || errors.Is(err, errProblems) || errors.As(err, &own):
 	case errors.As(err, &usage):
 		fmt.Fprintf(a.err, "ashlar: %v; see `%s --help`\n", usage.err, usage.cmd.CommandPath())
 	case errors.As(err, &on) && code == exitInterrupted:

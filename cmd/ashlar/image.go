@@ -227,7 +227,7 @@ func (a *app) imageDelete() *cobra.Command {
 					}
 					a.say("image %s: deleted", name)
 				}
-				return nil
+				return a.print(deleted{args}, func() {})
 			})
 		},
 	}, time.Minute)

@@ -46,7 +46,7 @@ func TestScripts(t *testing.T) {
 			if err := os.MkdirAll(runDir, 0o755); err != nil {
 				return err
 			}
-			stop, err := node(runDir)
+			stop, err := fakeNode(runDir)
 			if err == nil {
 				env.Defer(stop)
 			}
@@ -87,8 +87,8 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// node serves the API on runDir/api.sock until stop is called.
-func node(runDir string) (stop func(), err error) {
+// fakeNode serves the API on runDir/api.sock until stop is called.
+func fakeNode(runDir string) (stop func(), err error) {
 	mem := catalog.NewMem()
 	standIn := &catalogtest.StandIn{Catalog: mem, Node: "n1", RunDir: "/run/ashlar"}
 	l, err := net.Listen("unix", client.Socket(runDir))

@@ -22,8 +22,7 @@ notice, stop that process instead.`,
 				if err := c.Shutdown(cmd.Context(), about.Node, o); err != nil {
 					return err
 				}
-				a.say("node %s: shutting down", about.Node)
-				return nil
+				return a.print(about, func() { a.say("node %s: shutting down", about.Node) })
 			})
 		},
 	}

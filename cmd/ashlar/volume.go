@@ -266,8 +266,13 @@ func (a *app) volumeDelete() *cobra.Command {
 					}
 					a.say("volume %s: deleted", name)
 				}
-				return nil
+				return a.print(deleted{args}, func() {})
 			})
 		},
 	}, time.Minute)
+}
+
+// deleted is what deleting prints as JSON.
+type deleted struct {
+	Deleted []string `json:"deleted"`
 }

@@ -27,15 +27,19 @@ func (h *Handler) operate(ctx context.Context, v *volumeView, op catalog.Operati
 	return op, err
 }
 
-// operateAndWait is operate, and then waits for the end, for Config.OperationTimeout at most. A failure of the operation comes back with its code.
+// operateAndWait is operate, and then waits for the end: for Config.OperationTimeout at most, a check for as long as the client does. A failure of the operation
+// comes back with its code.
 func (h *Handler) operateAndWait(ctx context.Context, v *volumeView, op catalog.Operation) (catalog.Operation, error) {
 	op, err := h.operate(ctx, v, op)
 	if err != nil {
 		return op, err
 	}
-	short, cancel := context.WithTimeout(ctx, h.cfg.OperationTimeout)
-	defer cancel()
-	err = await(short, h.cfg.Catalog, catalog.OperationKey(op.Volume, op.ID), func(e catalog.Entry) (bool, error) {
+	if op.Verb != catalog.VerbCheck {
+		short, cancel := context.WithTimeout(ctx, h.cfg.OperationTimeout)
+		defer cancel()
+		ctx = short
+	}
+	err = await(ctx, h.cfg.Catalog, catalog.OperationKey(op.Volume, op.ID), func(e catalog.Entry) (bool, error) {
 		if e.Value == nil {
 			return false, Failure(CodeNotFound, "volume %s was deleted before its %s was done", op.Volume, op.Verb)
 		}

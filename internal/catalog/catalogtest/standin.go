@@ -260,7 +260,7 @@ func (s *StandIn) operate(op *catalog.Operation, o *catalog.VolumeObserved) {
 	fail := func(code, message string) {
 		op.State, op.Progress, op.Code, op.Message = catalog.OperationFailed, 0, code, message
 	}
-	if op.Verb != catalog.VerbExpand && o.State != catalog.VolumeAttached {
+	if op.Verb != catalog.VerbExpand && op.Verb != catalog.VerbCheck && o.State != catalog.VolumeAttached {
 		fail(catalog.CodeNotAttached, "the volume is not attached")
 		return
 	}

@@ -1,0 +1,26 @@
+package main
+
+import (
+	"log/slog"
+
+	"github.com/spf13/cobra"
+
+	"ashlar/internal/dataplane/hold"
+)
+
+// holdCommand is the holder; serve starts it.
+func (a *app) holdCommand() *cobra.Command {
+	var detach bool
+	cmd := &cobra.Command{
+		Use: "hold", Short: "Run the holder (serve starts it)", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg := hold.Config{RunDir: a.runDir, Log: slog.New(slog.NewTextHandler(a.err, nil))}
+			if detach {
+				return hold.Detach(cmd.Context(), cfg)
+			}
+			return hold.Run(cmd.Context(), cfg)
+		},
+	}
+	cmd.Flags().BoolVar(&detach, hold.DetachFlag[2:], false, "start it in the background and return when it answers")
+	return cmd
+}
