@@ -32,6 +32,8 @@ type Hello struct {
 type Disk struct {
 	Path      string `json:"path"`
 	ClusterID string `json:"clusterID"`
+	// DiskID, unless empty, must be the disk that is there (CodeNotFound): so that a directory whose file system is not mounted is not taken for a new disk.
+	DiskID string `json:"diskID,omitempty"`
 }
 
 // DiskStatus is a disk in use.
@@ -169,6 +171,7 @@ type Job struct {
 	State      string      `json:"state"` // running, done, failed
 	DoneBytes  int64       `json:"doneBytes"`
 	TotalBytes int64       `json:"totalBytes"` // 0: not known
+	Percent    int         `json:"percent"`    // of the whole import; never falls
 	Code       Code        `json:"code,omitempty"`
 	Error      string      `json:"error,omitempty"`
 	Image      *ImageFound `json:"image,omitempty"`

@@ -3,6 +3,7 @@ package hold
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -54,13 +55,37 @@ func flock(f *os.File, how int) error {
 // lockPatience is how long a data process waits for a lock that a holder may be trying at that moment.
 const lockPatience = time.Second
 
-// LockData takes the run directory's data lock: while a process has it, no holder starts another data process. The caller keeps the file open
-// for as long as it lives. ErrRunning, naming the other, if a data process of whatever version has it.
-func LockData(runDir, version string) (*os.File, error) {
+// LockData takes a data process's locks: data/VERSION.lock, and data/run.lock, which every data process of the run directory shares the name of: while it is
+// held, no holder starts another. The caller keeps what it returns open for as long as it lives. ErrRunning, naming the other, if a data process has one of them.
+func LockData(runDir, version string) (io.Closer, error) {
 	who := fmt.Sprintf("data %s, pid %d", version, os.Getpid())
+	mine, err := lockPatiently(filepath.Join(runDir, "data", version+".lock"), who)
+	if err != nil {
+		return nil, err
+	}
+	all, err := lockPatiently(dataLock(runDir), who)
+	if err != nil {
+		return nil, errors.Join(err, mine.Close())
+	}
+	return locks{mine, all}, nil
+}
+
+// locks are files whose locks end together.
+type locks []*os.File
+
+// Close gives the locks up.
+func (l locks) Close() error {
+	var errs []error
+	for _, f := range l {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func lockPatiently(path, who string) (*os.File, error) {
 	deadline := time.Now().Add(lockPatience)
 	for {
-		f, err := lockFile(dataLock(runDir), who)
+		f, err := lockFile(path, who)
 		if err == nil || !errors.Is(err, ErrRunning) || time.Now().After(deadline) {
 			return f, err
 		}

@@ -1,0 +1,308 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"ashlar/internal/block"
+	"ashlar/internal/dataplane/client"
+	"ashlar/internal/dataplane/hold"
+	"ashlar/internal/disk"
+	"ashlar/internal/job"
+	"ashlar/internal/volume"
+)
+
+// Config says what a data process is. RunDir and Version are needed.
+type Config struct {
+	// RunDir holds sockets, locks, logs and open.json; absolute, and normally on a tmpfs: it belongs to one boot.
+	RunDir string
+	// Version of this build; part of the control socket's name.
+	Version string
+	// Binary, HoldArgs and DataArgs say how the holder starts this program; see hold.Config.
+	Binary             string
+	HoldArgs, DataArgs []string
+	// Job says how imports are run; the zero value executes this binary with "work".
+	Job job.Config
+	// Direct goes around the page cache for guests' data (O_DIRECT).
+	Direct bool
+	// BootID is the host's; default: the kernel's.
+	BootID string
+	// OpenFS opens the directory of a disk; default disk.OpenReal.
+	OpenFS func(path string) (disk.FS, error)
+	// Log gets what happened; default: standard error, bounded if that is the run directory's data.log.
+	Log *slog.Logger
+	// NoExec leaves the process as it is: no PR_SET_IO_FLUSHER, for which it would execute itself, and no raised limits. For tests.
+	NoExec bool
+}
+
+func (c Config) check() (Config, error) {
+	if !filepath.IsAbs(c.RunDir) {
+		return c, fmt.Errorf("data process: %w: run directory %q is not an absolute path", client.ErrInvalid, c.RunDir)
+	}
+	if c.Version == "" || strings.ContainsAny(c.Version, "/ \n") {
+		return c, fmt.Errorf("data process: %w: version %q", client.ErrInvalid, c.Version)
+	}
+	if c.BootID == "" {
+		id, err := hostBootID()
+		if err != nil {
+			return c, fmt.Errorf("data process: %w", err)
+		}
+		c.BootID = id
+	}
+	if c.OpenFS == nil {
+		c.OpenFS = c.openReal
+	}
+	return c, nil
+}
+
+// openReal is the default OpenFS.
+func (c Config) openReal(path string) (disk.FS, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return nil, fmt.Errorf("%s: %w: not a directory", path, client.ErrInvalid)
+	}
+	return disk.OpenReal(path, disk.RealOptions{Direct: c.Direct})
+}
+
+func (c Config) hold() hold.Config {
+	return hold.Config{RunDir: c.RunDir, Binary: c.Binary, HoldArgs: c.HoldArgs, DataArgs: c.DataArgs, Log: c.Log}
+}
+
+// stopTimeout bounds the orderly end: after it the process goes as if it were killed, which it survives.
+const stopTimeout = time.Minute
+
+// Run is a data process: it brings up what open.json says and serves the control socket until ctx ends (volumes are then flushed and left for the next process to take up)
+// or a client says Shutdown. ErrInUse (client's) if a data process has this run directory.
+func Run(ctx context.Context, cfg Config) (err error) {
+	cfg, err = cfg.check()
+	if err != nil {
+		return err
+	}
+	log, closeLog, err := cfg.openLog()
+	if err != nil {
+		return err
+	}
+	defer closeLog()
+	cfg.Log = log
+	flusher := false
+	if !cfg.NoExec {
+		flusher = becomeFlusher(cfg.Log)
+		raiseLimits(cfg.Log)
+	}
+	lock, err := hold.LockData(cfg.RunDir, cfg.Version)
+	if err != nil {
+		return forWire(fmt.Errorf("data process: %w", err))
+	}
+	defer lock.Close()
+	keeper, err := hold.Keep(ctx, cfg.hold())
+	if err != nil {
+		return fmt.Errorf("data process: %w", err)
+	}
+	defer keeper.Close()
+	p, err := newProcess(cfg, keeper)
+	if err != nil {
+		return err
+	}
+	p.flusher = flusher
+	return p.serve(ctx)
+}
+
+// openLog returns the configured log, or one on standard error.
+func (c Config) openLog() (*slog.Logger, func(), error) {
+	if c.Log != nil {
+		return c.Log, func() {}, nil
+	}
+	path := c.hold().DataLog()
+	onErr, err := os.Stderr.Stat()
+	if err != nil {
+		return slog.New(slog.DiscardHandler), func() {}, nil //nolint:nilerr // no standard error, no log
+	}
+	named, err := os.Stat(path)
+	if err != nil || !os.SameFile(onErr, named) {
+		return slog.New(slog.NewTextHandler(os.Stderr, nil)), func() {}, nil
+	}
+	l, err := hold.OpenLog(path, hold.MaxLogBytes)
+	if err != nil {
+		return nil, nil, fmt.Errorf("data process: %w", err)
+	}
+	return slog.New(slog.NewTextHandler(l, nil)), func() { l.Close() }, nil
+}
+
+// Process is a data process's state. It implements client.Service; all methods may be called concurrently.
+type Process struct {
+	cfg     Config
+	log     *slog.Logger
+	boot    string
+	started time.Time
+	flusher bool
+	holder  holder
+	ledger  volume.Ledger
+	list    *openList
+	board   *board
+
+	life   context.Context // of everything in the background
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	asked  chan client.Shutdown // capacity 1: somebody said Shutdown, and everything is closed
+
+	adopting, importing sync.Mutex // held while a disk is taken into use, an import started
+
+	mu       sync.Mutex // guards the rest
+	ending   bool       // nothing is opened any more
+	diskByID map[string]*diskDir
+	slotByID map[string]*slot
+	jobByID  map[string]*importJob
+}
+
+var _ client.Service = (*Process)(nil)
+
+// newProcess reads open.json; nothing is open yet.
+func newProcess(cfg Config, h holder) (*Process, error) {
+	if err := os.MkdirAll(client.DataDir(cfg.RunDir), 0o700); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Join(cfg.RunDir, "nbd"), 0o755); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
+	list, err := loadOpenList(cfg.RunDir, cfg.BootID)
+	if errors.Is(err, errOpenList) {
+		cfg.Log.Error("volumes wait for the agent to open them", "error", err)
+	} else if err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
+	now := time.Now()
+	p := &Process{cfg: cfg, log: cfg.Log, boot: cfg.BootID, started: now, holder: h, list: list, board: newBoard(now),
+		ledger:   wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
+		asked:    make(chan client.Shutdown, 1),
+		diskByID: map[string]*diskDir{}, slotByID: map[string]*slot{}, jobByID: map[string]*importJob{}}
+	p.life, p.cancel = context.WithCancel(context.Background())
+	return p, nil
+}
+
+// serve brings everything up, answers the control socket, and takes everything down.
+func (p *Process) serve(ctx context.Context) error {
+	was := p.list.snapshot()
+	if err := p.sweepListeners(ctx, was); err != nil {
+		return fmt.Errorf("data process: %w", err)
+	}
+	ln, err := p.listener(ctx, heldControl+p.cfg.Version, client.DataSocket(p.cfg.RunDir, p.cfg.Version))
+	if err != nil {
+		return fmt.Errorf("data process: %w", err)
+	}
+	p.reopen(was)
+	p.log.Info("data process ready", "version", p.cfg.Version, "pid", os.Getpid(), "volumes", len(was.Volumes))
+	serving, stop := context.WithCancel(ctx)
+	defer stop()
+	var verb client.Shutdown
+	said := false
+	p.wg.Go(func() {
+		select {
+		case verb = <-p.asked:
+			said = true
+			stop()
+		case <-serving.Done():
+		}
+	})
+	context.AfterFunc(serving, p.board.bump) // long polls are answered
+	err = client.Serve(serving, ln, client.Handler(p), stopTimeout)
+	stop()
+	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	err = errors.Join(err, p.close(late))
+	if said {
+		err = errors.Join(err, p.leave(late, verb))
+	}
+	return err
+}
+
+// leave takes the control socket away, and ends the holder if that was asked for.
+func (p *Process) leave(ctx context.Context, verb client.Shutdown) error {
+	if !verb.Holder {
+		return nil
+	}
+	path := client.DataSocket(p.cfg.RunDir, p.cfg.Version)
+	return errors.Join(os.Remove(path), p.holder.Drop(ctx, heldControl+p.cfg.Version), p.holder.Stop(ctx))
+}
+
+// close suspends what is still open, ends everything in the background, and gives the disks up.
+func (p *Process) close(ctx context.Context) error {
+	err := p.endAll(ctx, p.suspendSlot)
+	p.cancel()
+	p.wg.Wait()
+	for _, d := range p.disks() {
+		err = errors.Join(err, d.close())
+	}
+	if err != nil {
+		p.log.Error("not everything ended in order", "error", err)
+	}
+	return err
+}
+
+// endAll lets nothing more be opened and calls end for every volume at once.
+func (p *Process) endAll(ctx context.Context, end func(context.Context, *slot) error) error {
+	p.mu.Lock()
+	p.ending = true
+	p.mu.Unlock()
+	slots := p.slots()
+	errs := make([]error, len(slots))
+	var wg sync.WaitGroup
+	for i, s := range slots {
+		wg.Go(func() { errs[i] = end(ctx, s) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// Shutdown implements client.Service. With Holder everything is closed for good, and nothing starts again by itself; without, the next process takes everything
+// up again.
+func (p *Process) Shutdown(ctx context.Context, a client.Shutdown) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	end := p.suspendSlot
+	if a.Holder {
+		end = func(ctx context.Context, s *slot) error {
+			if err := s.take(ctx); err != nil {
+				return err
+			}
+			defer s.give()
+			return p.closedAllTheSame(p.closeSlot(ctx, s))
+		}
+	}
+	err := p.endAll(ctx, end)
+	select {
+	case p.asked <- a:
+	default: // somebody else asked
+	}
+	return forWire(err)
+}
+
+// closedAllTheSame passes an error of a close on, unless it only means that the catalogue does not know of the close yet: nobody can ask this process again.
+func (p *Process) closedAllTheSame(err error) error {
+	if errors.Is(err, volume.ErrUnreachable) && !errors.Is(err, block.ErrFailed) {
+		p.log.Warn("the catalogue does not know that a volume is closed", "error", err)
+		return nil
+	}
+	return err
+}
+
+// work returns the context of what was begun for somebody: it goes on when they go away, and ends with the process.
+func (p *Process) work(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(p.life, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+func (p *Process) hello() client.Hello {
+	return client.Hello{Version: p.cfg.Version, APIMin: client.APIMin, APICurrent: client.APICurrent, PID: os.Getpid(), BootID: p.boot,
+		Started: p.started, IOFlusher: p.flusher}
+}
