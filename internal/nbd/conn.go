@@ -59,6 +59,7 @@ type conn struct {
 	executing atomic.Int32   // requests that workers have not answered yet
 	inflight  atomic.Int32   // the same, until the worker is done with the reply
 	holeSkip  atomic.Int32   // large reads until holes are looked for again
+	holeRun   atomic.Int32   // how many that were the last time
 }
 
 // transmission is what a conn is made of.

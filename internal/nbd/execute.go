@@ -1,15 +1,19 @@
 package nbd
 
 import (
+	"time"
+
 	"ashlar/internal/block"
 )
 
 const (
-	// sparseBytes is the read from which on holes are looked for, maxHoles how many pieces such a reply may have, and sparseSkip how
-	// many large reads go without looking after one that found none: a device full of data pays next to nothing.
+	// sparseBytes is the read from which on holes are looked for, and maxHoles how many pieces such a reply may have.
 	sparseBytes = 64 << 10
 	maxHoles    = 8
-	sparseSkip  = 32
+	// After a look that found none, sparseSkipFirst large reads go without one, twice as many after the next, up to sparseSkipMax: a
+	// device full of data pays next to nothing, also where asking is dear (SEEK_HOLE walks every page of a tmpfs file).
+	sparseSkipFirst = 32
+	sparseSkipMax   = 1024
 
 	// maxDescriptors bounds the answer to a block status request, which may stop short of what was asked.
 	maxDescriptors = 4096
@@ -123,7 +127,9 @@ func (c *conn) sparse(req request) []block.Extent {
 		c.holeSkip.Add(-1)
 		return nil
 	}
+	start := time.Now()
 	extents, err := c.dev.Extents(req.off, int64(req.n))
+	dear := time.Since(start) > slowFixed
 	holes := int64(0)
 	if err == nil && len(extents) <= maxHoles && covers(extents, req.off, int64(req.n)) {
 		for _, e := range extents {
@@ -132,8 +138,17 @@ func (c *conn) sparse(req request) []block.Extent {
 			}
 		}
 	}
-	if holes < int64(req.n)/2 {
-		c.holeSkip.Store(sparseSkip)
+	found := holes >= int64(req.n)/2
+	skip := int32(0)
+	switch {
+	case dear:
+		skip = sparseSkipMax
+	case !found:
+		skip = min(max(2*c.holeRun.Load(), sparseSkipFirst), sparseSkipMax)
+	}
+	c.holeRun.Store(skip)
+	c.holeSkip.Store(skip)
+	if !found {
 		return nil
 	}
 	return extents

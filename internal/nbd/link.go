@@ -45,6 +45,9 @@ func newLink(nc net.Conn, idle time.Duration) (link, error) {
 		return nil, fmt.Errorf("nbd: take over socket: %w", err)
 	}
 	s := &socket{fd: fd}
+	if isUnix {
+		s.widen()
+	}
 	if err := s.block(idle); err != nil {
 		s.close()
 		return nil, err
@@ -87,6 +90,17 @@ func (s *socket) block(idle time.Duration) error {
 		return fmt.Errorf("nbd: set socket's idle time: %w", err)
 	}
 	return nil
+}
+
+// sendBufferBytes is how much of our replies the kernel holds for a client on a unix socket. The usual 208 KiB makes us sleep several times
+// in every large reply. TCP sizes its buffers itself.
+const sendBufferBytes = 1 << 20
+
+// widen enlarges the send buffer as far as we may; a smaller one only costs time.
+func (s *socket) widen() {
+	if err := unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sendBufferBytes); err != nil {
+		_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUF, sendBufferBytes)
+	}
 }
 
 func (s *socket) read(p []byte) (int, error) {

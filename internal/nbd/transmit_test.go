@@ -396,11 +396,11 @@ func TestHolesAreLookedForRarely(t *testing.T) {
 	c.join(true)
 	data := bytes.Repeat([]byte{1}, testSize)
 	c.write(0, data)
-	for range 2 * (sparseSkip + 1) {
+	for range 1 + sparseSkipFirst + 1 + 2*sparseSkipFirst {
 		c.wantData(0, data[:sparseBytes])
 	}
-	if extents.Load() != 2 {
-		t.Fatalf("asked %d times, want 2", extents.Load())
+	if n := extents.Load(); n < 1 || n > 2 { // once if asking took long
+		t.Fatalf("asked %d times, want 2", n)
 	}
 }
 
