@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -126,7 +127,7 @@ func (n *Node) build(ctx context.Context) error {
 	n.undo = append(n.undo, cat.Close)
 	ag, err := agent.New(agent.Config{
 		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.ensureData, RunDir: n.cfg.RunDir, Log: n.cfg.Log,
-		Disks: map[string]catalog.DiskWanted{"default": {Path: filepath.Join(n.cfg.DataDir, "disks", "default"), AllowScheduling: true}},
+		Disks: map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
 		Stop:  func() { n.cancel(errStopped) },
 	})
 	if err != nil {
@@ -163,9 +164,18 @@ func (n *Node) loop(what string, fn func(context.Context) error) {
 	})
 }
 
+func (n *Node) catalogueDir() string { return filepath.Join(n.cfg.DataDir, "etcd") }
+
+func (n *Node) diskDir() string { return filepath.Join(n.cfg.DataDir, "disks", "default") }
+
 // lock takes the data directory for this process.
 func (n *Node) lock() error {
-	for _, d := range []string{n.cfg.DataDir, n.cfg.RunDir} {
+	dirs := []string{n.cfg.DataDir, n.cfg.RunDir}
+	if _, err := os.Stat(n.catalogueDir()); errors.Is(err, fs.ErrNotExist) {
+		// Only at the first start: a disk that disappears later is missed, not replaced by an empty one.
+		dirs = append(dirs, n.diskDir())
+	}
+	for _, d := range dirs {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return err
 		}
@@ -215,7 +225,7 @@ func (n *Node) openCatalogue(ctx context.Context) (*etcd.Store, error) {
 	if len(n.cfg.Etcd) > 0 {
 		return etcd.Open(ctx, etcd.Options{Endpoints: n.cfg.Etcd, Log: n.cfg.Log})
 	}
-	return etcd.Open(ctx, etcd.Options{Dir: filepath.Join(n.cfg.DataDir, "etcd"), Log: n.cfg.Log})
+	return etcd.Open(ctx, etcd.Options{Dir: n.catalogueDir(), Log: n.cfg.Log})
 }
 
 // ensureData returns the data process that answers. The keeper sees to the holder, and the holder to the data process, so all there is to do is to ask whoever listens.
