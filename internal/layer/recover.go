@@ -51,6 +51,8 @@ func (l *Layer) recover() error {
 	}
 	if l.readOnly {
 		l.overlay = map[int64][]byte{}
+	} else if err := r.secureLog(); err != nil {
+		return err
 	}
 	for _, page := range slices.Sorted(maps.Keys(byPage)) {
 		p := new(resolved)
@@ -69,6 +71,28 @@ func (l *Layer) recover() error {
 		return nil
 	}
 	return r.finish()
+}
+
+// secureLog makes the log durable before anything rests on it, if it may not be: records that a killed process left in the page cache, and those that
+// a failed fdatasync left there as if they were clean.
+func (r *recovery) secureLog() error {
+	salvaged := r.l.meta.Failed && r.sameBoot()
+	if salvaged {
+		b := make([]byte, r.l.sb.Log.N)
+		if _, err := r.l.f.ReadAt(b, r.l.sb.Log.Off); err != nil {
+			return err
+		}
+		if _, err := r.l.f.WriteAt(b, r.l.sb.Log.Off); err != nil {
+			return err
+		}
+	}
+	unproved := slices.ContainsFunc(r.replay, func(s *segment) bool {
+		return len(s.records) > 0 && s.records[len(s.records)-1].seq > r.mark
+	})
+	if salvaged || r.trusted && unproved {
+		return r.l.f.Sync()
+	}
+	return nil
 }
 
 // read reads both segments, and decides what is to be replayed and whether it can be trusted.

@@ -37,9 +37,7 @@ func (w *writer) seal(edit func(*Meta)) error {
 	if err := w.usable(); err != nil {
 		return err
 	}
-	if err := w.stop(); err != nil {
-		return w.broke("write map", err)
-	}
+	w.stop()
 	err := w.l.changeMeta(func(m *Meta) error {
 		before := *m
 		if edit != nil {
@@ -53,6 +51,10 @@ func (w *writer) seal(edit func(*Meta)) error {
 	})
 	switch {
 	case err == nil:
+		// Only now: a map page that reached the medium before the log records behind it would promise units that are not there.
+		if err := w.writePages(w.log.touchedPages(-1), false); err != nil {
+			return w.broke("seal: write map", err)
+		}
 		w.log.wake()
 	case w.l.failed.Load():
 		return w.broke("seal", err)
@@ -62,14 +64,15 @@ func (w *writer) seal(edit func(*Meta)) error {
 	return err
 }
 
-// stop refuses all further writes, and writes the map pages of everything that was not checkpointed, as it is now.
-func (w *writer) stop() error {
+// stop refuses all further writes, and returns when none is under way.
+func (w *writer) stop() {
 	for i := range w.s.stripes {
 		w.s.stripes[i].Lock()
-		defer w.s.stripes[i].Unlock()
 	}
 	w.stopped.Store(true)
-	return w.writePages(w.log.touchedPages(-1), false)
+	for i := range w.s.stripes {
+		w.s.stripes[i].Unlock()
+	}
 }
 
 // PushHead puts a fresh head, created beforehand and at least as large, on top of a sealed stack, in memory only, and retains it. Size is the

@@ -64,6 +64,10 @@ func (l *Layer) Settle(ctx context.Context) error {
 		return nil
 	}
 	if !m.Settled {
+		if err := l.f.Sync(); err != nil { // the map, which was written after the seal
+			l.fail()
+			return fmt.Errorf("layer %s: settle: %w", l.sb.ID, mapError(err))
+		}
 		if err := l.changeMeta(func(m *Meta) error { m.Settled = true; return nil }); err != nil {
 			return err
 		}

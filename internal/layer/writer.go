@@ -275,19 +275,15 @@ func (w *writer) checkpoint() error {
 	return nil
 }
 
-// writePages writes map pages from the map in memory, without fdatasync. With covered, units in U are written with their covered state, and each page is
-// taken under its stripe; otherwise the caller holds all stripes.
+// writePages writes map pages from the map in memory, without fdatasync. With covered, units in U are written with their covered state, as a checkpoint must;
+// without, with the one they have now.
 func (w *writer) writePages(pages []int64, covered bool) error {
 	buf := make([]byte, pageBytes)
 	for _, page := range pages {
 		mu := w.s.stripe(page)
-		if covered {
-			mu.RLock()
-		}
+		mu.RLock()
 		w.table.codes(page, w.slot, covered, buf)
-		if covered {
-			mu.RUnlock()
-		}
+		mu.RUnlock()
 		if _, err := w.l.f.WriteAt(buf, w.l.sb.Map.Off+page*pageBytes); err != nil {
 			return err
 		}
