@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"ashlar/internal/catalog"
 )
@@ -68,7 +69,10 @@ func failedOperation(op catalog.Operation) error {
 	if message == "" {
 		message = "failed (" + string(code) + ")"
 	}
-	return Failure(code, "volume %s: %s: %s", op.Volume, op.Verb, message)
+	if !strings.HasPrefix(message, op.Verb) {
+		message = op.Verb + ": " + message
+	}
+	return Failure(code, "volume %s: %s", op.Volume, message)
 }
 
 type expandInput struct {

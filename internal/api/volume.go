@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -194,6 +195,9 @@ func (h *Handler) replicas(v *volumeView) []Replica {
 			Name: replicaName(v.wanted.Name, p.ReplicaID), HostID: p.Node, DiskID: p.DiskID, DiskPath: v.disks[p.DiskID], DataPath: o.DataPath,
 			Running: o.Running, Mode: o.Mode, FailedAt: o.FailedAt, Image: h.engineImage(), CurrentImage: h.engineImage(),
 			AllocatedBytes: strconv.FormatInt(o.AllocatedBytes, 10),
+		}
+		if r.DataPath != "" && !path.IsAbs(r.DataPath) {
+			r.DataPath = path.Join(r.DiskPath, r.DataPath)
 		}
 		if r.Running {
 			r.InstanceManagerName = instanceManagerName(p.Node)

@@ -208,7 +208,7 @@ func (s *StandIn) volume(ctx context.Context, w catalog.VolumeWanted) error {
 }
 
 func (s *StandIn) openOrClose(w catalog.VolumeWanted, o *catalog.VolumeObserved, replica string) {
-	r := catalog.ReplicaObserved{ReplicaID: replica, Node: s.Node, DiskID: s.DiskID(), DataPath: "/var/lib/ashlar/disk1/replicas/" + replica, Created: true, AllocatedBytes: 1 << 20}
+	r := catalog.ReplicaObserved{ReplicaID: replica, Node: s.Node, DiskID: s.DiskID(), DataPath: "replicas/" + replica, Created: true, AllocatedBytes: 1 << 20}
 	o.State, o.Node, o.Endpoint = catalog.VolumeDetached, "", ""
 	if o.Robustness != catalog.RobustnessFaulted || w.Salvage {
 		o.Robustness = catalog.RobustnessUnknown
