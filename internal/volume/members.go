@@ -65,22 +65,23 @@ func step(rec replica.Record, now time.Time) replica.Record {
 	return rec
 }
 
-// Claim makes by the writer of the next epoch: the first compare-and-swap of an open.
-func Claim(rec replica.Record, by Claimant, now time.Time) (replica.Record, error) {
+// Claim takes the next epoch: the first compare-and-swap of an open. The record goes on naming the writer that last opened, whose guests CheckIncarnations is about: a claimant
+// has served nobody yet.
+func Claim(rec replica.Record, now time.Time) (replica.Record, error) {
 	if rec.VolumeID == "" || len(rec.Members) == 0 || len(rec.Chain.Layers) == 0 {
 		return rec, fmt.Errorf("record without id, members or chain: %w", replica.ErrChain)
 	}
 	next := step(rec, now)
 	next.Epoch++
-	next.WriterNode, next.WriterBoot = by.Node, by.Boot
 	return next, nil
 }
 
-// Opened is the second compare-and-swap of an open: the members that were fenced stay in sync and are recorded with their incarnation; one in
+// Opened is the second compare-and-swap of an open, by the claimant: the members that were fenced stay in sync and are recorded with their incarnation; one in
 // sync that was not fenced leaves. ErrNoMember if none in sync was.
-func Opened(rec replica.Record, fenced []Sighting, now time.Time) (replica.Record, error) {
+func Opened(rec replica.Record, by Claimant, fenced []Sighting, now time.Time) (replica.Record, error) {
 	next := step(rec, now)
 	next.Opened = next.Epoch
+	next.WriterNode, next.WriterBoot = by.Node, by.Boot
 	kept := 0
 	for i := range next.Members {
 		m := &next.Members[i]

@@ -177,7 +177,7 @@ func (v *Volume) prepareClaim(rec replica.Record, seen []Sighting) (replica.Reco
 	if err != nil {
 		return rec, err
 	}
-	return Claim(rec, v.self(), now)
+	return Claim(rec, now)
 }
 
 // letIn fences the copies and has them keep the claim.
@@ -213,7 +213,7 @@ func (v *Volume) finishOpen(ctx context.Context) error {
 			return err
 		}
 	}
-	next, err := Opened(rec, seen, now)
+	next, err := Opened(rec, v.self(), seen, now)
 	if err != nil {
 		return err
 	}
