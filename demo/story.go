@@ -257,7 +257,7 @@ func (s *story) progress(had int) (int, error) {
 }
 
 func (s *story) noErrors() error {
-	text, err := s.guests["vm2"].run(s.ctx, `dmesg | grep -ci 'error' ; ls /dev/shm-failed 2>/dev/null; true`)
+	text, err := s.guests["vm2"].run(s.ctx, `dmesg | grep -cE 'I/O error|EXT4-fs (error|warning)|Buffer I/O|Remounting' ; ls /dev/shm-failed 2>/dev/null; true`)
 	if err != nil {
 		return err
 	}
