@@ -109,6 +109,13 @@ func Released(rec replica.Record, now time.Time) replica.Record {
 	return next
 }
 
+// Retaken names the writer again in a record that says released: the process was killed after the swap of its close and before it could note that anywhere else, and resumed.
+func Retaken(rec replica.Record, by Claimant, now time.Time) replica.Record {
+	next := step(rec, now)
+	next.WriterNode, next.WriterBoot = by.Node, by.Boot
+	return next
+}
+
 // inSync returns the indexes of the members in sync.
 func inSync(rec replica.Record) []int {
 	var in []int

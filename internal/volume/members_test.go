@@ -284,6 +284,7 @@ func TestRulesLeaveTheirArgument(t *testing.T) {
 		},
 		func() (replica.Record, error) { return Salvage(rec, now), nil },
 		func() (replica.Record, error) { return Released(rec, now), nil },
+		func() (replica.Record, error) { return Retaken(rec, Claimant{"x", "y"}, now), nil },
 	} {
 		next, err := f()
 		errs = errors.Join(errs, err)
@@ -342,7 +343,10 @@ func TestChangeRules(t *testing.T) {
 		"an unknown verb":            func(c *replica.Change) { c.Verb = "shrink" },
 		"a revert to the head":       func(c *replica.Change) { c.Verb = replica.VerbRevert },
 		"a merge of nothing":         func(c *replica.Change) { c.Verb = replica.VerbMerge },
-		"a merge of others":          func(c *replica.Change) { *c = mergeChange(rec.Chain, replica.Merge{Lower: "s1", Upper: "s2", Into: "m"}); c.Chain.Layers = rec.Chain.Layers },
+		"a merge of others": func(c *replica.Change) {
+			*c = mergeChange(rec.Chain, replica.Merge{Lower: "s1", Upper: "s2", Into: "m"})
+			c.Chain.Layers = rec.Chain.Layers
+		},
 	} {
 		c := good
 		c.Chain.Layers = slices.Clone(good.Chain.Layers)

@@ -56,9 +56,10 @@ func newRig(t testing.TB, sizeBytes int64, opts disk.MemOptions) *rig {
 // boot is the host's boot id.
 func (g *rig) boot() string { return fmt.Sprintf("2f1c7d8e-0000-4000-8000-%012d", g.boots) }
 
-func (g *rig) must(err error, what string) {
+// must ends the test on an error, except on one that is expected.
+func (g *rig) must(err error, what string, expected ...error) {
 	g.Helper()
-	if err != nil {
+	if err != nil && !slices.ContainsFunc(expected, func(e error) bool { return errors.Is(err, e) }) {
 		g.Fatalf("%s: %v", what, err)
 	}
 }

@@ -51,10 +51,18 @@ func (v *Volume) verb(ctx context.Context, name string, do func(layers []replica
 	return nil
 }
 
-// settle makes the book sure and finishes a change that is pending in it.
+// settle makes the book sure, names this writer in it, and finishes a change that is pending in it.
 func (v *Volume) settle(ctx context.Context) error {
 	if err := v.refresh(ctx); err != nil {
 		return err
+	}
+	if v.book.rec.WriterNode == "" {
+		if err := v.swap(ctx, Retaken(v.book.rec, v.self(), v.cfg.Now())); err != nil {
+			return err
+		}
+		if err := v.keep(ctx); err != nil {
+			return err
+		}
 	}
 	rec := v.book.rec
 	if rec.Pending == nil {

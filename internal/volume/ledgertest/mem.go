@@ -39,6 +39,7 @@ type Call struct {
 	N    int            // counted from 1 over all calls
 	Swap bool           // or a Read
 	Rec  replica.Record // of a Swap
+	Was  volume.Rev     // of a Swap
 }
 
 // Fault says what becomes of a call.
@@ -64,10 +65,10 @@ func (m *Mem) OnCall(f func(Call) Fault) {
 	m.hook = f
 }
 
-func (m *Mem) call(swap bool, rec replica.Record) Fault {
+func (m *Mem) call(c Call) Fault {
 	m.mu.Lock()
 	m.calls++
-	c := Call{N: m.calls, Swap: swap, Rec: rec}
+	c.N = m.calls
 	hook := m.hook
 	m.mu.Unlock()
 	if hook == nil {
@@ -78,7 +79,7 @@ func (m *Mem) call(swap bool, rec replica.Record) Fault {
 
 // Read implements volume.Ledger.
 func (m *Mem) Read(ctx context.Context, volumeID string) (replica.Record, volume.Rev, error) {
-	fault := m.call(false, replica.Record{VolumeID: volumeID})
+	fault := m.call(Call{Rec: replica.Record{VolumeID: volumeID}})
 	if err := ctx.Err(); err != nil {
 		return replica.Record{}, 0, fmt.Errorf("ledger: read %s: %w: %w", volumeID, volume.ErrUnreachable, err)
 	}
@@ -100,7 +101,7 @@ func (m *Mem) Read(ctx context.Context, volumeID string) (replica.Record, volume
 
 // Swap implements volume.Ledger.
 func (m *Mem) Swap(ctx context.Context, rec replica.Record, was volume.Rev) (volume.Rev, error) {
-	fault := m.call(true, rec)
+	fault := m.call(Call{Swap: true, Rec: rec, Was: was})
 	if err := ctx.Err(); err != nil || fault == LostBefore {
 		return 0, fmt.Errorf("ledger: swap %s: %w", rec.VolumeID, volume.ErrUnreachable)
 	}
