@@ -59,8 +59,8 @@ func (p *Process) check(ctx context.Context, a client.Check) ([]client.Problem, 
 		}
 		for _, pr := range problems {
 			what := pr.Text
-			if pr.N > 0 {
-				what = fmt.Sprintf("units %d to %d: %s", pr.Unit, pr.Unit+pr.N-1, pr.Text)
+			if pr.Units > 0 {
+				what = fmt.Sprintf("units %d to %d: %s", pr.Unit, pr.Unit+pr.Units-1, pr.Text)
 			}
 			found = append(found, client.Problem{Object: pr.Name, What: what})
 		}

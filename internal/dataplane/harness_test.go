@@ -107,14 +107,14 @@ func (h *memHolder) Stop(context.Context) error {
 
 // catalogue is the membership records of a test's volumes, served as the agent does; it can be away.
 type catalogue struct {
-	t       *testing.T
+	t       testing.TB
 	runDir  string
 	mu      sync.Mutex // guards the rest
 	records map[string]client.MembershipEntry
 	stop    func()
 }
 
-func newCatalogue(t *testing.T, runDir string) *catalogue {
+func newCatalogue(t testing.TB, runDir string) *catalogue {
 	c := &catalogue{t: t, runDir: runDir, records: map[string]client.MembershipEntry{}}
 	t.Cleanup(c.away)
 	c.back()
@@ -214,7 +214,7 @@ type bed struct {
 }
 
 // shortDir makes a directory whose name leaves room for sockets.
-func shortDir(t *testing.T) string {
+func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ashlar")
 	if err != nil {
@@ -322,6 +322,15 @@ func (b *bed) open(c *client.Client, a client.OpenVolume) client.VolumeStatus {
 	}
 	if st.State != stateOpen {
 		b.t.Fatalf("opened, and is %q: %+v", st.State, st)
+	}
+	return st
+}
+
+func (b *bed) state(c *client.Client) client.State {
+	b.t.Helper()
+	st, err := c.State(b.t.Context())
+	if err != nil {
+		b.t.Fatal(err)
 	}
 	return st
 }

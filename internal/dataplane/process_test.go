@@ -481,3 +481,59 @@ func TestStateRevisions(t *testing.T) {
 		t.Errorf("the next process begins at revision %d, not beyond %d: %v", now.Rev, rev, err)
 	}
 }
+
+// TestCheck looks at a volume open and closed, and finds what was damaged.
+func TestCheck(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	a := b.volume(c, 1, 16*mib)
+	b.open(c, a)
+	g := guest(t, b.runDir, a.Volume)
+	if err := g.write(mib, bytes.Repeat(page("rot"), 16)); err != nil {
+		t.Fatal(err)
+	}
+	st, err := c.Operate(t.Context(), client.Operate{VolumeID: a.VolumeID, Verb: "snapshot", Snapshot: "s", OpID: id("oper", 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the snapshot has its checksums", func() bool {
+		st, _ = status(t, c, a.VolumeID)
+		for _, l := range st.Layers {
+			if !l.Head && !l.Verified {
+				return false
+			}
+		}
+		return true
+	})
+	check := func(what string, ask client.Check, want bool) {
+		t.Helper()
+		got, err := c.Check(t.Context(), ask)
+		if err != nil || (len(got.Problems) > 0) != want {
+			t.Errorf("%s: %+v, %v", what, got, err)
+		}
+	}
+	closed := client.Check{DiskID: b.diskID, ReplicaID: a.ReplicaID}
+	check("open", client.Check{VolumeID: a.VolumeID}, false)
+	if err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Fatal(err)
+	}
+	check("closed", closed, false)
+	_, err = c.Check(t.Context(), client.Check{VolumeID: a.VolumeID})
+	wantCode(t, "a closed volume without its replica", err, client.CodeNotFound)
+	file := filepath.Join(b.disk, b.state(c).Disks[0].Replicas[0].DataPath, a.ReplicaID+".layer")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(text, page("rot"))
+	text[at+100] ^= 1
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("damaged and closed", closed, true)
+	b.open(c, a)
+	check("damaged and open", client.Check{VolumeID: a.VolumeID}, true)
+	if _, err := guest(t, b.runDir, a.Volume).read(mib, 4096); !errors.Is(err, errnoIO) {
+		t.Errorf("rot was read as data: %v", err)
+	}
+}
