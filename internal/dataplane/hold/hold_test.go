@@ -459,7 +459,7 @@ func TestGivenUp(t *testing.T) {
 
 func TestRestartDelay(t *testing.T) {
 	for deaths, want := range []time.Duration{0, 0, 0, 0, 100 * time.Millisecond, 200 * time.Millisecond, 400 * time.Millisecond, 800 * time.Millisecond,
-		1600 * time.Millisecond, 3200 * time.Millisecond, 5 * time.Second, 5 * time.Second} {
+		1600 * time.Millisecond, 2 * time.Second, 2 * time.Second} {
 		if got := restartDelay(deaths); got != want {
 			t.Errorf("after %d young deaths: %v, want %v", deaths, got, want)
 		}

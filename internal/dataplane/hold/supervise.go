@@ -26,7 +26,8 @@ const (
 	// freeDeaths young deaths in a row are answered at once: somebody who kills it three times gets it back three times without a pause.
 	freeDeaths = 3
 	firstDelay = 100 * time.Millisecond
-	maxDelay   = 5 * time.Second
+	// maxDelay leaves room for the start itself: volumes are to be back within 5 s of every death, of the tenth in a row too.
+	maxDelay = 2 * time.Second
 	// lockPoll is how often a data process that is not our child is looked at.
 	lockPoll = 20 * time.Millisecond
 )
