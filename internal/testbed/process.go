@@ -89,7 +89,9 @@ func (p *Process) StartServe(ctx context.Context) error {
 		return err
 	}
 	err := Until(ctx, readyLimit, func() (bool, error) {
-		return p.Run(ctx, nil, "status") == nil, nil
+		var status struct{ Ready bool }
+		err := p.Run(ctx, &status, "status")
+		return err == nil && status.Ready, nil
 	})
 	if err != nil {
 		return fmt.Errorf("%w: see %s: %w", ErrNotReady, p.log.Name(), err)
@@ -102,12 +104,13 @@ func (p *Process) KillServe() error {
 	if p.serve == nil {
 		return nil
 	}
-	if err := p.serve.Process.Kill(); err != nil {
-		return err
+	err := p.serve.Process.Kill()
+	if errors.Is(err, os.ErrProcessDone) {
+		err = nil
 	}
 	p.serve.Wait()
 	p.serve = nil
-	return nil
+	return err
 }
 
 // Run runs the command line. With out, it asks for JSON and decodes it there.
@@ -174,16 +177,39 @@ func (p *Process) Kill(subcommand string) error {
 	return syscall.Kill(pid, syscall.SIGKILL)
 }
 
-// Stop shuts the node down in order, and kills what is left after that.
-func (p *Process) Stop(ctx context.Context) error {
-	err := p.Run(ctx, nil, "shutdown")
-	p.KillServe()
-	for _, sub := range []string{"hold", "data", "work"} { // the holder first, or it starts the others again
-		for p.PID(sub) != 0 {
-			p.Kill(sub)
-		}
+// WaitServe waits until `ashlar serve` has ended by itself, as it does after `ashlar shutdown`, and returns how.
+func (p *Process) WaitServe() error {
+	if p.serve == nil {
+		return nil
 	}
-	return errors.Join(err, p.log.Close())
+	err := p.serve.Wait()
+	p.serve = nil
+	return err
+}
+
+// stopLimit bounds an orderly end.
+const stopLimit = 30 * time.Second
+
+// Stop shuts the node down in order, volumes that are attached included, and kills what is left after that.
+func (p *Process) Stop(ctx context.Context) error {
+	err := p.Run(ctx, nil, "shutdown", "--force")
+	none := func() (bool, error) {
+		return p.PID("serve") == 0 && p.PID("hold") == 0 && p.PID("data") == 0, nil
+	}
+	if err == nil {
+		err = Until(ctx, stopLimit, none)
+	}
+	p.KillServe()
+	// They start each other again, so it may take several rounds.
+	killErr := Until(ctx, stopLimit, func() (bool, error) {
+		for _, sub := range []string{"hold", "data"} {
+			if pid := p.PID(sub); pid != 0 {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+		return none()
+	})
+	return errors.Join(err, killErr, p.log.Close())
 }
 
 // Until calls try every few milliseconds until it is content, fails, or limit has passed.
