@@ -1,10 +1,13 @@
 package api
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -173,7 +176,10 @@ func TestImageDeletedMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x.want(200, "DELETE", "/v1/backingimages/debian", "")
+		// Without letting anything settle: the record is a tombstone, and still there.
+		if a := x.send("DELETE", "/v1/backingimages/debian", ""); a.status != 200 {
+			t.Fatalf("delete: %s", a.raw)
+		}
 		w := catalog.VolumeWanted{Name: "late", ID: strings.Repeat("ab", 16), SizeBytes: MinSize, Image: "debian", ImageID: img.ID, Copies: 1}
 		if err := x.h.putVolume(t.Context(), w); CodeOf(err) != CodeConflict {
 			t.Errorf("putVolume: %v", err)
@@ -362,11 +368,26 @@ func TestOperationTimeout(t *testing.T) {
 	})
 }
 
-// TestOperationCompacted keeps waiting when the history it watched is thrown away.
+// compacting is a catalogue that throws history away just before the first watches begin.
+type compacting struct {
+	*catalog.Mem
+	left atomic.Int32
+}
+
+func (c *compacting) Watch(ctx context.Context, from catalog.Rev, fn func(catalog.Event) error) error {
+	if c.left.Add(-1) >= 0 {
+		return fmt.Errorf("watch: %w", catalog.ErrCompacted)
+	}
+	return c.Mem.Watch(ctx, from, fn)
+}
+
+// TestOperationCompacted keeps waiting when the history it wants to watch is thrown away.
 func TestOperationCompacted(t *testing.T) {
 	inBubble(t, func(x *fixture) {
 		x.attached("db1")
-		x.mem.Compact()
+		cat := &compacting{Mem: x.mem}
+		cat.left.Store(2)
+		x.h.cfg.Catalog = cat
 		x.want(200, "POST", "/v1/volumes/db1?action=snapshotCreate", `{"name":"s1"}`)
 	})
 }
