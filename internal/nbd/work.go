@@ -131,11 +131,14 @@ func (c *conn) handleOwned(req request, b *buffer) {
 
 // inline carries out req in the reading goroutine; the reply waits with others for flush, unless it is large.
 func (c *conn) inline(req request, payload []byte) {
-	room := c.replyRoom(req)
-	out := c.gather(room)
+	pace := &c.paces[kindOf(req.cmd)]
+	if pace.mode != paceFast {
+		c.flush() // this one may take its time: what is answered must not wait for it
+	}
+	out := c.gather(c.replyRoom(req))
 	start := time.Now()
 	c.execute(req, payload, out)
-	c.paces[kindOf(req.cmd)].took(time.Since(start), req.n)
+	pace.took(time.Since(start), req.n)
 	if out != c.out {
 		c.flush()
 		c.send.deliver(out)
