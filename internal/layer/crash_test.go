@@ -1,14 +1,14 @@
 package layer
 
 import (
-	"errors"
+	"context"
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 
-	"ashlar/internal/block"
 	"ashlar/internal/disk"
 )
 
@@ -19,15 +19,18 @@ type crasher struct {
 	points atomic.Int64
 	kills  atomic.Int64
 	nested atomic.Int64
-	every  int // take one of so many crash points
-	copies int // outcomes of each power cut that are looked at
-	busy   atomic.Bool
+	every  int        // take one of so many crash points
+	copies int        // outcomes of each power cut that are looked at
+	busy   sync.Mutex // held while a crash point is taken; who comes meanwhile passes by
 }
 
 // arm has c act at every change of w's disk.
 func (c *crasher) arm(w *world) {
-	w.crash = c
 	w.mem.OnOp(func(op disk.Op) {
+		if !c.busy.TryLock() {
+			return
+		}
+		defer c.busy.Unlock()
 		if c.every > 1 && c.rand.IntN(c.every) != 0 {
 			return
 		}
@@ -61,7 +64,7 @@ func (c *crasher) fork(w *world, mem *disk.Mem, at instant) *world {
 	f := &world{
 		t: w.t, mem: mem, rand: rand.New(rand.NewPCG(c.rand.Uint64(), 1)), boot: w.boot, lim: w.lim, depth: w.depth + 1, hist: slices.Clone(w.hist),
 		chain: slices.Clone(w.chain), base: w.base, removed: maps.Clone(w.removed), snaps: slices.Clone(w.snaps), files: w.files,
-		nextID: w.nextID + 1000000*uint64(w.depth+1), model: map[int64]*unitModel{},
+		nextID: w.nextID + 1000000*uint64(w.depth+1), model: map[int64]*unitModel{}, full: w.full,
 	}
 	for u, m := range w.model {
 		i := at.floor[u]
@@ -111,6 +114,10 @@ func (c *crasher) examine(f *world, from func(*unitModel) int) {
 	f.checkSnapshots("after a crash")
 	if deeper {
 		for range 6 {
+			if f.full {
+				f.stepFull()
+				continue
+			}
 			if err := f.step(); err != nil {
 				f.fatalf("after a crash: %v", err)
 			}
@@ -165,5 +172,65 @@ func TestCrashClones(t *testing.T) {
 	t.Logf("crash points: %d power cuts, %d kills, of them histories that went on and crashed again: %d; seeds 0 to %d", c.points.Load(), c.kills.Load(), c.nested.Load(), n-1)
 }
 
-var _ = errors.Is
-var _ = block.ErrFailed
+// TestCrashConcurrent does the same with several writers, each with units of its own, and the background at work, so that flushes, covers and checkpoints
+// fall between the halves of writes.
+func TestCrashConcurrent(t *testing.T) {
+	c := &crasher{t: t, copies: 2, every: 2}
+	n := steps(t, 20)
+	ops := 0
+	for seed := range uint64(n) {
+		c.rand = rand.New(rand.NewPCG(seed, 77))
+		lim := limitsFor(seed)
+		lim.inline = false
+		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)
+		w.note("seed %d, limits %+v, several writers", seed, lim)
+		c.arm(w)
+		ops += w.concurrently(seed, 5, 40)
+		w.mem.OnOp(nil)
+		w.check("at the end", fromAcked, false)
+		w.must(w.stack.Close(), "close")
+	}
+	t.Logf("crash points: %d power cuts, %d kills, %d crashed again, in %d operations of 5 writers; seeds 0 to %d", c.points.Load(), c.kills.Load(), c.nested.Load(), ops, n-1)
+}
+
+// concurrently runs writers that own every so many-th hot unit, and returns how many operations they did.
+func (w *world) concurrently(seed uint64, writers, steps int) int {
+	var all sync.WaitGroup
+	errs := make(chan error, writers)
+	for i := range writers {
+		all.Go(func() {
+			rnd := rand.New(rand.NewPCG(seed, uint64(i)))
+			var own []int64
+			for k, u := range hotUnits() {
+				if k%writers == i {
+					own = append(own, u)
+				}
+			}
+			for range steps {
+				var err error
+				switch u := own[rnd.IntN(len(own))]; rnd.IntN(10) {
+				case 0, 1:
+					err = w.flush()
+				case 2:
+					err = w.zero(u, 1)
+				case 3:
+					if i == 0 {
+						err = w.stack.FlushAhead(context.Background())
+					}
+				default:
+					err = w.write(u, 1)
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(errs)
+	for err := range errs {
+		w.fatalf("writer: %v", err)
+	}
+	return writers * steps
+}

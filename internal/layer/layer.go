@@ -286,6 +286,10 @@ func (l *Layer) freeLog() error {
 	if err != nil {
 		return err
 	}
+	// Whoever wrote the header may have died before it was durable. If it were lost after the log, neither would be left.
+	if err := l.f.Sync(); err != nil {
+		return err
+	}
 	return l.f.Punch(l.sb.Log.Off, l.sb.Log.N)
 }
 

@@ -27,6 +27,11 @@ func (s *Stack) Prune(ctx context.Context, l *Layer) (int64, error) {
 	if !m.Settled || m.Snapshot == nil || !m.Snapshot.Removed || l.readOnly {
 		return 0, fmt.Errorf("layer %s: prune: not settled and removed: %w", l.sb.ID, ErrState)
 	}
+	// The header that says removed may have been found at opening, left by a process that died before it was durable.
+	if err := l.f.Sync(); err != nil {
+		l.fail()
+		return 0, fmt.Errorf("layer %s: prune: %w", l.sb.ID, mapError(err))
+	}
 	freed := int64(0)
 	var batch []prunedPage
 	for page := int64(0); page < l.mapPages(); page++ {

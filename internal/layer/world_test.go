@@ -118,7 +118,7 @@ type world struct {
 	mu    sync.Mutex // guards model, for histories with several writers
 	model map[int64]*unitModel
 
-	crash *crasher // nil: no crash points are taken
+	full bool // the disk may be full
 }
 
 // hot are the units a history plays with: the beginning, a border of regions, and one of map pages.
@@ -264,7 +264,6 @@ func (w *world) check(when string, from func(*unitModel) int, durable bool) {
 	for u, got := range w.content(w.stack) {
 		m := w.model[u]
 		if !m.allows(got, from(m)) {
-			w.debugUnit(u)
 			w.fatalf("%s: unit %d is %x, allowed from %d on: %x (acked %d, floor %d)", when, u, got, from(m), m.versions, m.acked, m.floor)
 		}
 		if durable {
