@@ -9,6 +9,7 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/disk"
+	"ashlar/internal/export"
 	"ashlar/internal/image"
 	"ashlar/internal/job"
 	"ashlar/internal/layer"
@@ -41,6 +42,11 @@ func wireErrors() []struct{ from, to error } {
 		{local.ErrVersion, client.ErrVersion},
 		{local.ErrInvalid, client.ErrInvalid},
 		{job.ErrSpec, client.ErrInvalid},
+		{export.ErrName, client.ErrInvalid},
+		{export.ErrPathTooLong, client.ErrInvalid},
+		{export.ErrInUse, client.ErrInUse},
+		{export.ErrExists, client.ErrExists},
+		{export.ErrClosed, client.ErrUnreachable},
 		{image.ErrChecksum, client.ErrChecksum},
 		{image.ErrFormat, client.ErrFormat},
 		{image.ErrUnsupported, client.ErrFormat},

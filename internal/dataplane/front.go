@@ -4,14 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
+	"ashlar/internal/export"
+	"ashlar/internal/nbd"
 )
 
 // holder keeps descriptors while this process is killed and started again: a hold.Keeper, or a stand-in of the tests.
@@ -29,67 +31,81 @@ const (
 	heldNBD     = "nbd/"
 )
 
-// listener returns the socket at path, as a dead process of this run directory left it with the holder, connections waiting in it and all; or a new one, kept there from now on.
-func (p *Process) listener(ctx context.Context, name, path string) (net.Listener, error) {
-	f, err := p.holder.Get(ctx, name)
+// heldListeners keeps listening sockets with the holder.
+type heldListeners struct {
+	holder holder
+	report func(name string, err error) // told of a kept socket that could not be used
+}
+
+var _ export.Listeners = heldListeners{}
+
+// Listen implements export.Listeners.
+func (h heldListeners) Listen(ctx context.Context, name, path string) (net.Listener, error) {
+	f, err := h.holder.Get(ctx, name)
 	if err == nil {
-		ln, err := takeListener(f, path)
+		ln, err := export.Adopt(f, path)
 		if err == nil {
 			return ln, nil
 		}
-		p.log.Warn("a held socket cannot be used; clients connect to a new one", "name", name, "error", err)
+		h.report(name, err)
 	} else if !errors.Is(err, hold.ErrNotHeld) {
 		return nil, err
 	}
-	ln, err := client.Listen(path)
+	// What cannot be found any more is dropped before its place is taken: as long as it is kept, somebody seems to listen there.
+	if err := h.holder.Drop(ctx, name); err != nil {
+		return nil, err
+	}
+	ln, err := export.Bind(path)
 	if err != nil {
 		return nil, err
 	}
 	if f, err = ln.File(); err != nil {
-		return nil, errors.Join(fmt.Errorf("listen on %s: %w", path, err), ln.Close())
+		return nil, errors.Join(fmt.Errorf("keep %s: %w", name, err), ln.Close())
 	}
-	err = p.holder.Put(ctx, name, f)
+	err = h.holder.Put(ctx, name, f)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return nil, errors.Join(err, ln.Close())
 	}
 	return ln, nil
 }
 
-// takeListener makes a listener of a held descriptor, provided that clients can still find it: its name must be there. It owns f.
-func takeListener(f *os.File, path string) (net.Listener, error) {
-	defer f.Close()
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
+// Forget implements export.Listeners. A holder that was stopped has closed everything.
+func (h heldListeners) Forget(ctx context.Context, name string) error {
+	if err := h.holder.Drop(ctx, name); err != nil && !errors.Is(err, hold.ErrClosed) {
+		return err
 	}
-	if info.Mode().Type() != fs.ModeSocket {
-		return nil, fmt.Errorf("%s: %w: not a socket", path, client.ErrExists)
-	}
-	ln, err := net.FileListener(f)
-	if err != nil {
-		return nil, fmt.Errorf("take %s over: %w", path, err)
-	}
-	if u, ok := ln.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false)
-	}
-	return ln, nil
+	return nil
 }
 
-// nbdSocket is where a volume's clients connect, the same path on every host.
-func (p *Process) nbdSocket(volume string) string {
-	return filepath.Join(p.cfg.RunDir, "nbd", volume+".sock")
+// newFrontend returns the NBD frontend of this process.
+func newFrontend(cfg Config, l export.Listeners) (*export.NBD, error) {
+	return export.NewNBD(export.NBDConfig{Dir: filepath.Join(cfg.RunDir, "nbd"), Listeners: l, Report: func(volume string, err error) {
+		cfg.Log.Debug("NBD connection ended", "volume", volume, "error", err)
+	}})
 }
 
-// dropListener takes a volume's socket away for good; content if there is none.
-func (p *Process) dropListener(ctx context.Context, volume string) error {
-	err := p.holder.Drop(ctx, heldNBD+volume)
-	if errors.Is(err, hold.ErrClosed) {
-		err = nil // the holder was stopped, and has closed it
+// enable exports a volume's device.
+func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev block.Device) error {
+	if a.Frontend == "" {
+		return nil
 	}
-	if e := os.Remove(p.nbdSocket(volume)); e != nil && !errors.Is(e, fs.ErrNotExist) {
-		err = errors.Join(err, e)
-	}
+	_, err := p.nbd.Add(ctx, a.Volume, dev, export.Options{})
 	return err
+}
+
+// disable ends a volume's export, after its clients' requests under way, and takes its socket away. Content if there is none.
+func (p *Process) disable(ctx context.Context, a client.OpenVolume) error {
+	if a.Frontend == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	return p.nbd.Remove(ctx, a.Volume)
+}
+
+// statsOf turns the frontend's words into the wire's.
+func statsOf(s nbd.Stats) client.Stats {
+	return client.Stats{ReadOps: s.Reads, WriteOps: s.Writes, FlushOps: s.Flushes, ZeroOps: s.Zeroes, ReadBytes: s.ReadBytes, WriteBytes: s.WrittenBytes, Errors: s.Errors}
 }
 
 // sweepListeners drops what the holder keeps for nobody: sockets of volumes that are not to be reopened, and of data processes of other versions, which are dead,
@@ -109,21 +125,23 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 		if wanted[n] {
 			continue
 		}
-		path := ""
 		if v, ok := strings.CutPrefix(n, heldControl); ok {
-			path = client.DataSocket(p.cfg.RunDir, v)
+			err = p.removeControl(ctx, v)
 		} else if v, ok := strings.CutPrefix(n, heldNBD); ok {
-			path = p.nbdSocket(v)
-		} else {
-			continue // whoever put it there knows
-		}
-		err := p.holder.Drop(ctx, n)
-		if e := os.Remove(path); e != nil && !errors.Is(e, fs.ErrNotExist) {
-			err = errors.Join(err, e)
-		}
+			err = p.nbd.Remove(ctx, v)
+		} // whoever put anything else there knows
 		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// removeControl takes the control socket of a version away.
+func (p *Process) removeControl(ctx context.Context, version string) error {
+	err := os.Remove(client.DataSocket(p.cfg.RunDir, version))
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(err, p.listeners.Forget(ctx, heldControl+version))
 }

@@ -36,7 +36,7 @@ func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeS
 		return client.VolumeStatus{}, forWire(err)
 	}
 	p.board.bump()
-	return p.volumeStatus(ctx, s), nil
+	return p.volumeStatus(ctx, s, p.nbd.Stats()), nil
 }
 
 // operate does one verb; the caller has the slot's token, so that the volume stays open meanwhile.

@@ -51,7 +51,7 @@ func TestVolumeLife(t *testing.T) {
 	if _, there := status(t, c, a.VolumeID); there {
 		t.Error("closed, and still in the state")
 	}
-	if _, err := dialNBD(b.p.nbdSocket(a.Volume), a.Volume); err == nil {
+	if _, err := dialNBD(b.p.nbd.Path(a.Volume), a.Volume); err == nil {
 		t.Error("closed, and still exported")
 	}
 	if rec := b.cat.record(a.VolumeID); rec.WriterNode != "" || rec.Epoch != 1 {
@@ -309,7 +309,7 @@ func TestOtherBoot(t *testing.T) {
 	if err != nil || len(st.Volumes) != 0 || len(st.Disks) != 0 {
 		t.Errorf("after a reboot: %+v, %v", st, err)
 	}
-	if _, err := dialNBD(b.p.nbdSocket(a.Volume), a.Volume); err == nil {
+	if _, err := dialNBD(b.p.nbd.Path(a.Volume), a.Volume); err == nil {
 		t.Error("the socket of another boot's volume is still there")
 	}
 	b.adopt(c)

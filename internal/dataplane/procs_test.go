@@ -279,7 +279,7 @@ func TestKillHolder(t *testing.T) {
 		t.Errorf("data process %d became %d", pid, b.dataPID())
 	}
 	b.kill(pid)
-	pg := &patientGuest{t: t, socket: g.RemoteAddr().String(), name: a.Volume}
+	pg := &patientGuest{t: t, socket: filepath.Join(b.runDir, "nbd", a.Volume+".sock"), name: a.Volume}
 	defer pg.close()
 	p := make([]byte, 4096)
 	if err := pg.do(nbdRead, 0, p); err != nil || !bytes.Equal(p, page("x")) {

@@ -15,6 +15,7 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/disk"
+	"ashlar/internal/export"
 	"ashlar/internal/job"
 	"ashlar/internal/volume"
 )
@@ -140,15 +141,17 @@ func (c Config) openLog() (*slog.Logger, func(), error) {
 
 // Process is a data process's state. It implements client.Service; all methods may be called concurrently.
 type Process struct {
-	cfg     Config
-	log     *slog.Logger
-	boot    string
-	started time.Time
-	flusher bool
-	holder  holder
-	ledger  volume.Ledger
-	list    *openList
-	board   *board
+	cfg       Config
+	log       *slog.Logger
+	boot      string
+	started   time.Time
+	flusher   bool
+	holder    holder
+	ledger    volume.Ledger
+	nbd       *export.NBD
+	listeners heldListeners
+	list      *openList
+	board     *board
 
 	life   context.Context // of everything in the background
 	cancel context.CancelFunc
@@ -171,9 +174,6 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	if err := os.MkdirAll(client.DataDir(cfg.RunDir), 0o700); err != nil {
 		return nil, fmt.Errorf("data process: %w", err)
 	}
-	if err := os.MkdirAll(filepath.Join(cfg.RunDir, "nbd"), 0o755); err != nil {
-		return nil, fmt.Errorf("data process: %w", err)
-	}
 	list, err := loadOpenList(cfg.RunDir, cfg.BootID)
 	if errors.Is(err, errOpenList) {
 		cfg.Log.Error("volumes wait for the agent to open them", "error", err)
@@ -185,6 +185,12 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 		ledger:   wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
 		asked:    make(chan client.Shutdown, 1),
 		diskByID: map[string]*diskDir{}, slotByID: map[string]*slot{}, jobByID: map[string]*importJob{}}
+	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
+		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
+	}}
+	if p.nbd, err = newFrontend(cfg, p.listeners); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
 	p.life, p.cancel = context.WithCancel(context.Background())
 	return p, nil
 }
@@ -195,7 +201,7 @@ func (p *Process) serve(ctx context.Context) error {
 	if err := p.sweepListeners(ctx, was); err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
-	ln, err := p.listener(ctx, heldControl+p.cfg.Version, client.DataSocket(p.cfg.RunDir, p.cfg.Version))
+	ln, err := p.listeners.Listen(ctx, heldControl+p.cfg.Version, client.DataSocket(p.cfg.RunDir, p.cfg.Version))
 	if err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
@@ -230,13 +236,12 @@ func (p *Process) leave(ctx context.Context, verb client.Shutdown) error {
 	if !verb.Holder {
 		return nil
 	}
-	path := client.DataSocket(p.cfg.RunDir, p.cfg.Version)
-	return errors.Join(os.Remove(path), p.holder.Drop(ctx, heldControl+p.cfg.Version), p.holder.Stop(ctx))
+	return errors.Join(p.removeControl(ctx, p.cfg.Version), p.holder.Stop(ctx))
 }
 
 // close suspends what is still open, ends everything in the background, and gives the disks up.
 func (p *Process) close(ctx context.Context) error {
-	err := p.endAll(ctx, p.suspendSlot)
+	err := p.suspendAll(ctx)
 	p.cancel()
 	p.wg.Wait()
 	for _, d := range p.disks() {
@@ -246,6 +251,14 @@ func (p *Process) close(ctx context.Context) error {
 		p.log.Error("not everything ended in order", "error", err)
 	}
 	return err
+}
+
+// suspendAll ends the exports, after their clients' requests under way, and suspends every volume. Clients that come now wait in the sockets, which stay with
+// the holder.
+func (p *Process) suspendAll(ctx context.Context) error {
+	drain, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	return errors.Join(p.nbd.Drain(drain), p.endAll(ctx, p.suspendSlot))
 }
 
 // endAll lets nothing more be opened and calls end for every volume at once.
@@ -268,17 +281,18 @@ func (p *Process) endAll(ctx context.Context, end func(context.Context, *slot) e
 func (p *Process) Shutdown(ctx context.Context, a client.Shutdown) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
-	end := p.suspendSlot
+	var err error
 	if a.Holder {
-		end = func(ctx context.Context, s *slot) error {
+		err = p.endAll(ctx, func(ctx context.Context, s *slot) error {
 			if err := s.take(ctx); err != nil {
 				return err
 			}
 			defer s.give()
 			return p.closedAllTheSame(p.closeSlot(ctx, s))
-		}
+		})
+	} else {
+		err = p.suspendAll(ctx)
 	}
-	err := p.endAll(ctx, end)
 	select {
 	case p.asked <- a:
 	default: // somebody else asked

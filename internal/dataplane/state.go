@@ -57,9 +57,9 @@ func (p *Process) WaitState(ctx context.Context, afterRev uint64) (client.State,
 func (p *Process) State(ctx context.Context) (client.State, error) {
 	rev, _ := p.board.now()
 	st := client.State{Rev: rev, Hello: p.hello(), Disks: []client.DiskStatus{}, Volumes: []client.VolumeStatus{}, Jobs: p.jobs()}
-	slots := p.slots()
-	for _, s := range slots {
-		st.Volumes = append(st.Volumes, p.volumeStatus(ctx, s))
+	fronts := p.nbd.Stats()
+	for _, s := range p.slots() {
+		st.Volumes = append(st.Volumes, p.volumeStatus(ctx, s, fronts))
 	}
 	for _, d := range p.disks() {
 		st.Disks = append(st.Disks, d.status(st.Volumes))

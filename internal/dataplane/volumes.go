@@ -12,6 +12,7 @@ import (
 
 	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
+	"ashlar/internal/nbd"
 	"ashlar/internal/replica"
 	"ashlar/internal/replica/local"
 	"ashlar/internal/volume"
@@ -53,7 +54,6 @@ type slot struct {
 	err   error // why it is failed
 	vol   *volume.Volume
 	rep   *local.Replica
-	front *front // nil without a frontend
 	entry openEntry
 }
 
@@ -165,7 +165,7 @@ func (p *Process) OpenVolume(ctx context.Context, a client.OpenVolume) (client.V
 			continue
 		}
 		err := p.openSlot(ctx, s, a)
-		st := p.volumeStatus(ctx, s)
+		st := p.volumeStatus(ctx, s, p.nbd.Stats())
 		s.give()
 		if err != nil {
 			return client.VolumeStatus{}, forWire(fmt.Errorf("open volume %s: %w", a.Volume, err))
@@ -247,13 +247,12 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry, guestsGone 
 	if err := p.list.put(e); err != nil {
 		return undo(err)
 	}
-	var f *front
-	if e.Open.Frontend != "" {
-		if f, err = p.startFront(ctx, e.Open.Volume, &witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}); err != nil {
-			return undo(err)
-		}
+	// A client's first request may come, and fail, before enable returns: the slot is complete by then.
+	s.change(func(s *slot) { s.state, s.vol, s.rep, s.entry = stateOpen, vol, rep, e })
+	if err := p.enable(ctx, e.Open, &witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}); err != nil {
+		s.change(func(s *slot) { s.state, s.vol, s.rep = stateOpening, nil, nil })
+		return undo(err)
 	}
-	s.change(func(s *slot) { s.state, s.vol, s.rep, s.front, s.entry = stateOpen, vol, rep, f, e })
 	if err := p.list.salvaged(e.Open.VolumeID); err != nil {
 		p.log.Error("salvage stays on record", "volume", e.Open.Volume, "error", err)
 	}
@@ -314,13 +313,10 @@ func (p *Process) noteFailure(s *slot, why error) {
 func (p *Process) failSlot(ctx context.Context, s *slot, e openEntry, why error) {
 	s.change(func(s *slot) { s.state, s.err, s.entry = stateFailed, why, e })
 	var err error
-	if e.Open.Frontend != "" && e.Failed != "" {
-		var f *front
-		if f, err = p.startFront(ctx, e.Open.Volume, failedDevice{size: e.SizeBytes}); err == nil {
-			s.change(func(s *slot) { s.front = f })
-		}
-	} else if e.Open.Frontend != "" {
-		err = p.dropListener(ctx, e.Open.Volume)
+	if e.Failed != "" {
+		err = p.enable(ctx, e.Open, failedDevice{size: e.SizeBytes})
+	} else {
+		err = p.disable(ctx, e.Open)
 	}
 	if err != nil {
 		p.log.Error("frontend of a failed volume", "volume", e.Open.Volume, "error", err)
@@ -412,17 +408,12 @@ func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 		return fmt.Errorf("close volume %s: %w", args.Volume, err)
 	}
 	s.mu.Lock()
-	vol, rep, f, failed := s.vol, s.rep, s.front, s.entry.Failed != ""
+	vol, rep, failed := s.vol, s.rep, s.entry.Failed != ""
 	s.state = stateClosing
 	s.mu.Unlock()
 	p.board.bump()
 	var errs []error
-	if f != nil {
-		errs = append(errs, f.stop(ctx))
-	}
-	if args.Frontend != "" {
-		errs = append(errs, p.dropListener(ctx, args.Volume))
-	}
+	errs = append(errs, p.disable(ctx, args))
 	if vol != nil {
 		err := vol.Close(ctx)
 		if errors.Is(err, block.ErrFailed) && !failed { // the last flush is a flush
@@ -436,20 +427,17 @@ func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 	return errors.Join(errs...)
 }
 
-// suspendSlot closes a volume so that the next process of this boot takes it up again: open.json, the record's writer and the listening socket stay.
+// suspendSlot closes a volume, whose export has ended, so that the next process of this boot takes it up again: open.json and the record's writer stay.
 func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	if err := s.take(ctx); err != nil {
 		return err
 	}
 	defer s.give()
 	s.mu.Lock()
-	vol, rep, f, name, volumeID := s.vol, s.rep, s.front, s.args.Volume, s.args.VolumeID
-	s.vol, s.rep, s.front, s.state = nil, nil, nil, stateClosing
+	vol, rep, name, volumeID := s.vol, s.rep, s.args.Volume, s.args.VolumeID
+	s.vol, s.rep, s.state = nil, nil, stateClosing
 	s.mu.Unlock()
 	var errs []error
-	if f != nil {
-		errs = append(errs, f.stop(ctx))
-	}
 	if vol != nil {
 		err := vol.Suspend(ctx)
 		if errors.Is(err, block.ErrFailed) { // the last flush is a flush
@@ -463,16 +451,16 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	return nil
 }
 
-// volumeStatus describes a slot.
-func (p *Process) volumeStatus(ctx context.Context, s *slot) client.VolumeStatus {
+// volumeStatus describes a slot; fronts are what p.nbd.Stats says.
+func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]nbd.Stats) client.VolumeStatus {
 	s.mu.Lock()
-	a, vol, f, e := s.args, s.vol, s.front, s.entry
+	a, vol, e := s.args, s.vol, s.entry
 	st := client.VolumeStatus{VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: a.DiskID, Frontend: a.Frontend, State: s.state,
 		SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}}
 	err := s.err
 	s.mu.Unlock()
-	if f != nil {
-		st.Endpoint, st.Clients, st.Stats = f.endpoint(), f.clients(), f.stats()
+	if stats, ok := fronts[a.Volume]; ok && a.Frontend != "" {
+		st.Endpoint, st.Clients, st.Stats = p.nbd.URI(a.Volume), stats.Conns, statsOf(stats)
 	}
 	if vol != nil && st.State != stateClosing {
 		vs, statusErr := vol.Status(ctx)
