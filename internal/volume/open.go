@@ -120,14 +120,21 @@ func (v *Volume) resume(ctx context.Context, seen []Sighting) error {
 const claimTries = 3
 
 // claim is the first of the two swaps. An answer that is lost is not waited for: whatever the catalogue holds then is claimed over, with one epoch more.
-func (v *Volume) claim(ctx context.Context, seen []Sighting) error {
+//
+// Others may open the volume meanwhile. A record read after the copies were looked at cannot be older than they were; a copy looked at after the record was read cannot
+// have missed what the record knows. Hence two looks.
+func (v *Volume) claim(ctx context.Context, before []Sighting) error {
 	var lost error
 	for range claimTries {
 		rec, rev, err := v.cfg.Ledger.Read(ctx, v.cfg.VolumeID)
 		if err != nil {
 			return fmt.Errorf("read record: %w", err)
 		}
-		next, err := v.prepareClaim(rec, seen)
+		after, err := v.look(ctx)
+		if err != nil {
+			return err
+		}
+		next, err := v.prepareClaim(rec, before, after)
 		if err != nil {
 			return err
 		}
@@ -146,7 +153,7 @@ func (v *Volume) claim(ctx context.Context, seen []Sighting) error {
 }
 
 // prepareClaim puts the rules together that stand between a record and a claim.
-func (v *Volume) prepareClaim(rec replica.Record, seen []Sighting) (replica.Record, error) {
+func (v *Volume) prepareClaim(rec replica.Record, before, seen []Sighting) (replica.Record, error) {
 	now := v.cfg.Now()
 	if rec.VolumeID != v.cfg.VolumeID {
 		return rec, fmt.Errorf("the record is of volume %s: %w", rec.VolumeID, ErrInvalid)
@@ -159,7 +166,7 @@ func (v *Volume) prepareClaim(rec replica.Record, seen []Sighting) (replica.Reco
 	if len(rec.Members) > 1 {
 		return rec, ErrSeveral
 	}
-	if err := CheckCatalogue(rec, seen); err != nil {
+	if err := CheckCatalogue(rec, before); err != nil {
 		return rec, err
 	}
 	rec = FirstChain(rec, seen)
