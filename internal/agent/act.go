@@ -31,7 +31,7 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	}
 	switch v := action.(type) {
 	case plan.AdoptDisk:
-		_, r.err = s.AdoptDisk(ctx, client.Disk{Path: v.Path, ClusterID: v.ClusterID})
+		_, r.err = s.AdoptDisk(ctx, client.Disk{Path: v.Path, ClusterID: v.ClusterID, DiskID: v.DiskID})
 	case plan.CreateReplica:
 		r.err = s.CreateReplica(ctx, client.CreateReplica{
 			DiskID: v.DiskID, ReplicaID: v.ReplicaID, VolumeID: v.VolumeID, Volume: v.Volume, HeadID: v.ReplicaID,

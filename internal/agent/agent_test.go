@@ -54,7 +54,7 @@ func (w *world) start() {
 	}
 	w.agent = a
 	w.host.mu.Lock()
-	w.host.ledger = a.Ledger()
+	w.host.ledger = unsureLedger{a.Ledger(), w}
 	w.host.mu.Unlock()
 	c := control.New(control.Config{Catalog: w.cat, Log: log})
 	done := make(chan struct{}, 2)

@@ -71,7 +71,7 @@ func found(st client.State) plan.Found {
 	}
 	for _, j := range st.Jobs {
 		f.Jobs = append(f.Jobs, plan.FoundJob{
-			ImageID: j.ID, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, TotalBytes: j.TotalBytes, Failure: patience(j.Code), Error: j.Error,
+			ImageID: j.ID, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, Percent: j.Percent, Failure: patience(j.Code), Error: j.Error,
 		})
 	}
 	return f

@@ -163,6 +163,9 @@ func (p *process) Hello(context.Context) (client.Hello, error) { return p.hello,
 func (p *process) AdoptDisk(ctx context.Context, a client.Disk) (st client.DiskStatus, err error) {
 	err = p.verb(ctx, "adopt-disk", func() error {
 		d := p.h.disks[a.Path]
+		if d == nil && a.DiskID != "" {
+			return fmt.Errorf("disk %s: %w", a.DiskID, client.ErrNotFound)
+		}
 		if d == nil {
 			d = &fakeDisk{replicas: map[string]*fakeReplica{}, images: map[string]client.ImageFound{}}
 			d.status = client.DiskStatus{
@@ -307,6 +310,10 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (st clien
 	ledger := p.h.ledger
 	r, _ := p.h.replica(a.ReplicaID)
 	failed := r != nil && r.failed != "" && !a.Salvage
+	if v := p.volumes[a.VolumeID]; v != nil && v.Frontend == a.Frontend && v.ReplicaID == a.ReplicaID {
+		defer p.h.mu.Unlock()
+		return *v, nil
+	}
 	p.h.mu.Unlock()
 	if r == nil {
 		return st, fmt.Errorf("replica: %w", client.ErrNotFound)
@@ -325,6 +332,9 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (st clien
 	m.Epoch, m.Generation, m.WriterNode = m.Epoch+1, m.Generation+1, a.Node
 	m.Opened = m.Epoch
 	rec, _ := json.Marshal(m)
+	if _, err := ledger.Swap(ctx, client.MembershipSwap{VolumeID: a.VolumeID, Record: rec, Was: e.Rev}); err != nil {
+		return st, err
+	}
 	err = p.verb(ctx, "open-volume", func() error {
 		r, d := p.h.replica(a.ReplicaID)
 		if r == nil {
@@ -336,9 +346,6 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (st clien
 			}
 			st = *v
 			return nil
-		}
-		if _, err := ledger.Swap(ctx, client.MembershipSwap{VolumeID: a.VolumeID, Record: rec, Was: e.Rev}); err != nil {
-			return err
 		}
 		if w, ok := p.h.recorded(a.VolumeID); !ok || w.Deleted != nil && len(w.Tickets) > 0 {
 			p.h.wrong("volume %s opened although no record wants it", a.Volume)
@@ -455,7 +462,7 @@ func (p *process) progress(j *client.Job) {
 	p.h.mu.Lock()
 	defer p.h.mu.Unlock()
 	if j.State == "running" {
-		j.DoneBytes = 50
+		j.DoneBytes, j.Percent = 50, 50
 		p.touch()
 	}
 }
@@ -516,7 +523,9 @@ func (p *process) DeleteImage(ctx context.Context, a client.DeleteImage) error {
 		if err != nil {
 			return err
 		}
-		if !slices.ContainsFunc(images, func(i catalog.Item[catalog.ImageWanted]) bool { return i.Value.ID == a.ImageID && i.Value.Deleted != nil }) {
+		if !slices.ContainsFunc(images, func(i catalog.Item[catalog.ImageWanted]) bool {
+			return i.Value.ID == a.ImageID && i.Value.Deleted != nil
+		}) {
 			p.h.wrong("image %s destroyed without a tombstone", a.ImageID)
 		}
 		delete(d.images, a.ImageID)

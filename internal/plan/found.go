@@ -14,7 +14,7 @@ type Found struct {
 	Jobs    []FoundJob
 }
 
-// FoundDisk is a disk in use. With an Error it could not be looked into, and what is on it is not known.
+// FoundDisk is a disk in use. Error says what is wrong with it or with things on it; those are not listed.
 type FoundDisk struct {
 	DiskID, Path, Error   string
 	TotalBytes, FreeBytes int64
@@ -74,7 +74,8 @@ const (
 // FoundJob is an import.
 type FoundJob struct {
 	ImageID, DiskID, State string
-	DoneBytes, TotalBytes  int64
+	DoneBytes              int64
+	Percent                int
 	Failure                Patience
 	Error                  string
 }
@@ -88,6 +89,9 @@ const (
 	Limited                   // tried again a few times
 	Final                     // never tried again
 )
+
+// usable tells whether what is on the disk is known: what is not listed is not there.
+func (d *FoundDisk) usable() bool { return d.Error == "" || d.TotalBytes > 0 }
 
 // disk finds a disk by its id.
 func (f *Found) disk(id string) (FoundDisk, bool) {

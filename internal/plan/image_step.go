@@ -111,7 +111,7 @@ func (p *planner) copyOn(img Image, o catalog.ImageObserved, path, diskID string
 	if ok {
 		diskID = disk.DiskID
 	}
-	c := copyHere{img: img, w: img.Wanted.Value, diskID: diskID, diskOK: ok && disk.Error == "", state: o.Disks[diskID]}
+	c := copyHere{img: img, w: img.Wanted.Value, diskID: diskID, diskOK: ok && disk.usable(), state: o.Disks[diskID]}
 	c.wanted = slices.Contains(c.w.Disks, diskID)
 	c.file, c.there = disk.image(c.w.ID)
 	c.job, c.jobbed = p.in.Found.job(c.w.ID)
@@ -219,9 +219,7 @@ func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.Imag
 		if c.job.DoneBytes > 0 {
 			next = to(catalog.ImageInProgress)
 		}
-		if next.Progress = 0; c.job.TotalBytes > 0 {
-			next.Progress = int(min(99, 100*c.job.DoneBytes/c.job.TotalBytes))
-		}
+		next.Progress = min(99, c.job.Percent)
 		return next
 	case c.jobbed && c.job.State == JobFailed && c.state.State != catalog.ImageFailed:
 		return p.failedCopy(c, c.job.Failure, c.job.Error)

@@ -61,6 +61,7 @@ func (f follows) Because() catalog.Rev { return f.Rev }
 type AdoptDisk struct {
 	follows
 	Path, ClusterID string
+	DiskID          string // the disk that was there before; "" if none was
 }
 
 // Key implements Action.
@@ -124,14 +125,15 @@ func (p *planner) failure(a Action) (Failure, bool) {
 
 // disks adopts the wanted disks the data process does not have.
 func (p *planner) disks() {
-	n := p.in.View.Nodes[p.in.Node].Wanted
+	node := p.in.View.Nodes[p.in.Node]
+	n := node.Wanted
 	if !p.in.Found.Known || !p.in.View.Cluster.Is() {
 		return
 	}
 	for _, name := range sorted(n.Value.Disks) {
 		path := n.Value.Disks[name].Path
 		if _, ok := p.in.Found.diskAt(path); !ok {
-			p.begin(AdoptDisk{follows{n.Rev}, path, p.in.View.Cluster.Value.ID})
+			p.begin(AdoptDisk{follows{n.Rev}, path, p.in.View.Cluster.Value.ID, node.Observed.Value.Disks[name].DiskID})
 		}
 	}
 }
@@ -183,8 +185,10 @@ func (p *planner) observeDisk(pl *placer, node Node, dw catalog.DiskWanted, was 
 	found, ok := p.in.Found.diskAt(dw.Path)
 	ready := catalog.Condition{Status: catalog.ConditionTrue}
 	switch f, failed := p.in.Failures[FailureID(AdoptDisk{Path: dw.Path})]; {
-	case ok && found.Error != "":
+	case ok && !found.usable():
 		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "DiskError", Message: found.Error}
+	case ok && found.Error != "": // something on it is damaged; the rest goes on
+		ready.Reason, ready.Message = "Damage", found.Error
 	case ok:
 	case !p.in.Found.Known:
 		ready = catalog.Condition{Status: catalog.ConditionUnknown, Reason: "DataProcessAway"}

@@ -55,7 +55,7 @@ func volumeState(p *planner, h *here, was string) string {
 		return catalog.VolumeAttached
 	case h.open && h.found.State == FoundClosing:
 		return leaving
-	case h.open && h.found.State == FoundFailed && h.found.Epoch > 0:
+	case h.lastCopyFailed() && (h.found.Endpoint != "" || h.found.Frontend == ""):
 		return catalog.VolumeAttached // it is there, and returns errors
 	case h.lost(), h.open && needsPerson(h.found.Code), p.refused(h):
 		return catalog.VolumeDetached
@@ -128,6 +128,8 @@ func (p *planner) volumeError(h *here) string {
 	switch {
 	case !h.member.Is() && h.vol.Observed.Value.Epoch > 0:
 		return "its membership record is missing; ashlar recover makes it again from the disks"
+	case h.lost() && h.disk.Error != "":
+		return "replica " + h.place.ReplicaID + " cannot be found on disk " + h.place.DiskID + ": " + h.disk.Error
 	case h.lost():
 		return "replica " + h.place.ReplicaID + " is not on disk " + h.place.DiskID + " any more"
 	case !h.diskOK:

@@ -101,7 +101,7 @@ func (p *planner) volume(name string) {
 	}
 	h := &here{vol: vol, w: w, place: w.Replicas[i], member: p.in.View.Memberships[w.ID]}
 	h.disk, h.diskOK = p.in.Found.disk(h.place.DiskID)
-	h.diskOK = h.diskOK && h.disk.Error == ""
+	h.diskOK = h.diskOK && h.disk.usable()
 	h.replica, h.there = h.disk.replica(h.place.ReplicaID)
 	h.found, h.open = p.in.Found.volume(w.ID)
 	h.op, h.todo = p.in.View.next(name, w.ID)
@@ -206,18 +206,22 @@ func (p *planner) openStep(h *here) Action {
 		}
 		return nil
 	case FoundFailed:
-		served := h.found.Epoch > 0
 		switch {
 		case h.todo && h.op.Value.Verb == catalog.VerbCheck:
 			return h.operate()
-		case !wanted, served && h.w.Salvage:
+		case !wanted, h.lastCopyFailed() && h.w.Salvage, h.found.Code == catalog.CodeConflict:
 			return h.closeAction()
-		case served: // it returns errors until it is detached or a person decides
+		case h.lastCopyFailed(): // it returns errors until it is detached or a person decides
 			return nil
 		}
 		return h.openAction()
 	}
 	return nil // opening or closing: its end is seen
+}
+
+// lastCopyFailed tells whether a flush of the last copy failed (design: invariant 8).
+func (h *here) lastCopyFailed() bool {
+	return h.open && h.found.State == FoundFailed && (h.found.Code == catalog.CodeFailed || h.found.Code == catalog.CodeNeedsSalvage)
 }
 
 // createStep makes the replica once its image is there.
@@ -270,6 +274,9 @@ func (p *planner) hopeless(h *here) (Result, bool) {
 	verb := h.op.Value.Verb
 	if h.lost() {
 		return Result{Code: catalog.CodeFailed, Message: "the volume's copy is missing"}, true
+	}
+	if h.diskOK && !h.there && h.member.Is() {
+		return Result{Code: catalog.CodeConflict, Message: "the volume is still being created"}, true
 	}
 	if verb == catalog.VerbCheck {
 		return Result{}, false
