@@ -22,8 +22,9 @@ type loop struct {
 	a *Agent
 
 	view    *plan.View
-	listed  bool // the view is complete
-	catAway bool // the catalogue does not answer: the view may be old, nothing is done
+	listed  bool        // the view is complete
+	catAway bool        // the catalogue does not answer: the view may be old, nothing is done
+	seen    catalog.Rev // how far the watch has shown the catalogue
 	found   plan.Found
 	hello   client.Hello // of the process that found is from
 	rev     uint64       // of found
@@ -123,13 +124,23 @@ func (l *loop) wait(ctx context.Context, timer *time.Timer) bool {
 }
 
 func (l *loop) takeBatch(b catalog.Batch) {
-	l.catAway = b.Away
+	if l.catAway = b.Away; !b.Away {
+		l.seen = b.Rev
+	}
 	if b.Reset {
 		l.view.Reset()
 		l.listed = true
 	}
 	for _, ev := range b.Events {
 		l.apply(ev)
+	}
+}
+
+// applyOwn applies what this agent wrote before the watch shows it. If the watch is past it already, it may also have shown that the record is gone since,
+// and the view must not have it again.
+func (l *loop) applyOwn(e catalog.Entry) {
+	if e.Rev > l.seen {
+		l.apply(catalog.Event{Entry: e})
 	}
 }
 
@@ -167,7 +178,7 @@ func (l *loop) takeResult(r result) {
 		l.takeState(stateOrAway{state: *r.state})
 	}
 	for _, e := range r.put {
-		l.apply(catalog.Event{Entry: e})
+		l.applyOwn(e)
 	}
 	if r.finished != nil {
 		if op, ok := r.action.(plan.Operate); ok {

@@ -55,7 +55,7 @@ func (l *loop) takeWritten(w written) {
 		}
 		return
 	}
-	l.apply(catalog.Event{Entry: w.entry})
+	l.applyOwn(w.entry)
 	l.a.note(w.write.Notes...)
 }
 

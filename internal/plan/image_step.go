@@ -137,7 +137,7 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 	case c.w.Deleted != nil, !c.wanted, c.there, c.other, c.jobbed && c.job.State != JobFailed:
 		return nil
 	}
-	switch c.state.State { // as recorded: what failed is recorded before it is tried again
+	switch c.state.State { // as recorded: what failed is recorded before it is tried again, and nothing is begun before it is pending
 	case catalog.ImageFailed:
 		if c.state.NextTry.IsZero() {
 			return nil
@@ -146,7 +146,7 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 			p.wake(c.state.NextTry)
 			return nil
 		}
-	case "", catalog.ImagePending:
+	case catalog.ImagePending: // on record: a write of it and that of starting would be in each other's way
 	case catalog.ImageStarting:
 		if c.jobbed {
 			return nil
