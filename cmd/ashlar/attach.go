@@ -26,8 +26,8 @@ func (a *app) volumeAttach() *cobra.Command {
 		Use:   "attach NAME",
 		Short: "Make a volume usable on a node, and print what to give to QEMU or libvirt",
 		Long: `Attach a volume: it is opened on a node and offered over NBD on a unix socket, from now until "ashlar volume detach", also after a reboot.
-What is printed can be pasted into a command line or a domain's definition. Each form tells the guest's NBD client to connect again for 30 seconds, so that
-nothing that happens to Ashlar's processes becomes an I/O error.`,
+What is printed can be pasted into a command line or a domain's definition. The forms for QEMU and libvirt make the guest's NBD client
+connect again for 30 seconds, and its I/O wait meanwhile: a data process that dies is back long before that.`,
 		Example: "  ashlar volume attach db1\n  ashlar volume attach db1 -o json | jq -r .attach.uri\n  ashlar volume attach db1 --frontend none   # for a revert",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -32,11 +32,6 @@ func (a *app) say(format string, args ...any) {
 	}
 }
 
-// note prints a line beside the output, on standard error.
-func (a *app) note(format string, args ...any) {
-	fmt.Fprintf(a.err, format+"\n", args...)
-}
-
 // table prints rows with aligned columns; the first is the heading. Columns of numbers are told by a heading that begins with '>', and are aligned to the right.
 func (a *app) table(rows [][]string) {
 	width := make([]int, len(rows[0]))
