@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -24,13 +25,13 @@ type world struct {
 	host *host
 	ids  int
 
-	agent      *agent.Agent
-	stop       func()
-	resyncWait time.Duration
+	agent *agent.Agent
+	up    atomic.Bool // control and agent run
+	stop  func()      // stops them
 }
 
 func newWorld(t *testing.T) *world {
-	w := &world{t: t, mem: catalog.NewMem()}
+	w := &world{t: t, mem: catalog.NewMem(), stop: func() {}}
 	w.cat, w.host = w.mem, newHost(w.mem)
 	return w
 }
@@ -60,20 +61,20 @@ func (w *world) start() {
 	done := make(chan struct{}, 2)
 	go func() { _ = a.Run(ctx); done <- struct{}{} }()
 	go func() { _ = c.Run(ctx); done <- struct{}{} }()
+	w.up.Store(true)
 	w.stop = func() {
+		w.up.Store(false)
 		cancel()
 		<-done
 		<-done
+		w.stop = func() {}
 	}
 }
 
 // end stops everything and tells what must never have happened.
 func (w *world) end() {
 	w.t.Helper()
-	if w.stop != nil {
-		w.stop()
-		w.stop = nil
-	}
+	w.stop()
 	w.host.kill()
 	w.mem.Close()
 	for _, wrong := range w.host.wrongs {

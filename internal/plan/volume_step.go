@@ -153,6 +153,8 @@ func (h *here) closeAction() CloseVolume {
 //	no replica ──create──► replica ──open──► open ──operate──► open ──close──► replica ──delete──► no replica
 func (p *planner) volumeStep(h *here) Action {
 	switch {
+	case h.stale():
+		return nil
 	case h.w.Deleted != nil:
 		return deleteStep(h)
 	case h.todo && p.known(h.op.Value.ID):
@@ -217,6 +219,12 @@ func (p *planner) openStep(h *here) Action {
 		return h.openAction()
 	}
 	return nil // opening or closing: its end is seen
+}
+
+// stale tells whether the data process serves a later epoch than the catalogue knows of. Mostly the watch is a moment behind; if it stays so the catalogue is an
+// old copy, and what it wants may be long over: nothing is done to the volume until ashlar recover.
+func (h *here) stale() bool {
+	return h.open && h.member.Is() && h.found.Epoch > h.member.Value.Epoch
 }
 
 // lastCopyFailed tells whether a flush of the last copy failed (design: invariant 8).
