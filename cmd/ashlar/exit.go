@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/spf13/cobra"
 
 	"ashlar/internal/api"
 	"ashlar/internal/api/client"
+	dataclient "ashlar/internal/dataplane/client"
+	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/node"
 )
 
@@ -65,12 +68,14 @@ func exitCode(ctx context.Context, err error) int {
 		return int(own)
 	case errors.As(err, &usage):
 		return exitUsage
-	case errors.Is(err, node.ErrInUse):
+	case errors.Is(err, node.ErrInUse), errors.Is(err, hold.ErrRunning), errors.Is(err, dataclient.ErrInUse):
 		return exitConflict
 	case errors.Is(err, node.ErrConfig):
 		return exitRefused
 	case errors.Is(err, errProblems):
 		return exitProblems
+	case errors.Is(err, fs.ErrNotExist) && api.CodeOf(err) == api.CodeInternal:
+		return exitNotFound
 	case ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return exitInterrupted
 	}
