@@ -100,7 +100,10 @@ var ErrListen = errors.New("listening beyond loopback needs TLS and a credential
 // CheckListen tells whether the REST API may listen on a TCP address: loopback only. Anything else is ErrListen, also an empty host, which would be every
 // interface, and a name other than localhost, which could come to mean another machine.
 func CheckListen(addr string) error {
-	host, _, err := net.SplitHostPort(addr)
+	host, port, err := net.SplitHostPort(addr)
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
 	if err != nil {
 		return fmt.Errorf("listen on %q: %w (want HOST:PORT, for example 127.0.0.1:9500)", addr, err)
 	}

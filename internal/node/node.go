@@ -52,14 +52,19 @@ type Config struct {
 var (
 	// ErrConfig: something is missing or wrong.
 	ErrConfig = errors.New("bad configuration")
-	// ErrInUse: another `ashlar serve` has the data directory.
-	ErrInUse = errors.New("data directory is in use by another ashlar serve")
+	// ErrInUse: another `ashlar serve` has the data directory, or the run directory.
+	ErrInUse = errors.New("the directory is in use by another ashlar serve")
 )
 
 func (c *Config) check() error {
 	for what, dir := range map[string]string{"data directory": c.DataDir, "run directory": c.RunDir} {
 		if !filepath.IsAbs(dir) {
 			return fmt.Errorf("%w: the %s %q is not an absolute path", ErrConfig, what, dir)
+		}
+	}
+	for _, socket := range []string{apiclient.Socket(c.RunDir), client.DataSocket(c.RunDir, c.Version)} {
+		if len(socket) > maxSocketPath {
+			return fmt.Errorf("%w: the run directory %s is too long: a socket's path has at most %d bytes, and %s has %d", ErrConfig, c.RunDir, maxSocketPath, socket, len(socket))
 		}
 	}
 	if c.Name == "" {
@@ -88,6 +93,9 @@ type Node struct {
 
 // errStopped ends the loops without blame.
 var errStopped = errors.New("stopped")
+
+// maxSocketPath is what the kernel takes, with its zero byte, in 108 bytes.
+const maxSocketPath = 107
 
 // readyTimeout bounds each step of Start.
 const readyTimeout = 30 * time.Second
@@ -168,7 +176,7 @@ func (n *Node) catalogueDir() string { return filepath.Join(n.cfg.DataDir, "etcd
 
 func (n *Node) diskDir() string { return filepath.Join(n.cfg.DataDir, "disks", "default") }
 
-// lock takes the data directory for this process.
+// lock takes the data directory for this process, and the run directory, whose sockets a second node would take over.
 func (n *Node) lock() error {
 	dirs := []string{n.cfg.DataDir, n.cfg.RunDir}
 	if _, err := os.Stat(n.catalogueDir()); errors.Is(err, fs.ErrNotExist) {
@@ -180,15 +188,17 @@ func (n *Node) lock() error {
 			return err
 		}
 	}
-	f, err := os.OpenFile(filepath.Join(n.cfg.DataDir, "serve.lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return err
+	for what, dir := range map[string]string{"serve.lock": n.cfg.DataDir, "node.lock": n.cfg.RunDir} {
+		f, err := os.OpenFile(filepath.Join(dir, what), os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+			return fmt.Errorf("%s: %w", dir, ErrInUse)
+		}
+		n.undo = append(n.undo, f.Close)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return fmt.Errorf("%s: %w", n.cfg.DataDir, ErrInUse)
-	}
-	n.undo = append(n.undo, f.Close)
 	return nil
 }
 
