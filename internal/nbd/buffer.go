@@ -13,7 +13,8 @@ const (
 	maxClassShift = 22 // largest that is kept for reuse, 4 MiB
 
 	smallReceive = 8 << 10   // data area of a quiet connection's receive buffer
-	largeBuffer  = 256 << 10 // data area of a busy connection's receive buffer, and of the buffer that gathers replies
+	largeBuffer  = 256 << 10 // data area of a busy connection's receive buffer
+	gatherBytes  = 128 << 10 // data area of the buffer that gathers replies; with more, client and server work by turns, not at once
 )
 
 // budgetBytes bounds the buffers of one connection's requests and replies, beside the receive buffer: one request of the largest size and

@@ -153,7 +153,7 @@ func (c *conn) refuse(req request, errno Errno) {
 
 // gather returns the buffer that gathers replies, with room bytes free, or a buffer of its own for a larger reply.
 func (c *conn) gather(room int) *buffer {
-	if room > largeBuffer {
+	if room > gatherBytes {
 		b := c.take(room)
 		b.from, b.to = dataAt-c.dataHeader(), dataAt-c.dataHeader() // the data begins on a page
 		return b
@@ -162,7 +162,7 @@ func (c *conn) gather(room int) *buffer {
 		c.flush()
 	}
 	if c.out == nil {
-		c.out = c.take(largeBuffer)
+		c.out = c.take(gatherBytes)
 	}
 	return c.out
 }
