@@ -37,7 +37,9 @@ func TestLock(t *testing.T) {
 }
 
 func TestCheck(t *testing.T) {
-	good := func() Config { return Config{DataDir: "/d", RunDir: "/r", Name: "n1", Version: "v1", Listen: "127.0.0.1:0"} }
+	good := func() Config {
+		return Config{DataDir: "/d", RunDir: "/r", Name: "n1", Version: "v1", Listen: "127.0.0.1:0"}
+	}
 	if cfg := good(); cfg.check() != nil {
 		t.Error(cfg.check())
 	}

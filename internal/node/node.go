@@ -243,6 +243,11 @@ func (n *Node) ensureData(ctx context.Context) (client.Service, error) {
 	if _, err := n.keeper.Status(ctx); err != nil {
 		return nil, err
 	}
+	return n.findData(ctx)
+}
+
+// findData returns the data process that answers, whoever started it.
+func (n *Node) findData(ctx context.Context) (client.Service, error) {
 	sockets, err := client.DataSockets(n.cfg.RunDir)
 	if err != nil {
 		return nil, err
