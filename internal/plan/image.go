@@ -17,12 +17,12 @@ func clusterImage(in ClusterInput, p *placer, name string) []Write {
 		if len(in.View.users(img.Wanted.Value.ID)) > 0 || !copiesGone(img) {
 			return nil
 		}
-		var out []Write
+		ev := note(in.Now, catalog.Normal, catalog.KindImage, name, "Deleted")
+		out := []Write{{Group: group, Key: catalog.ImageKey(catalog.Wanted, name), Was: img.Wanted.Rev, Notes: []catalog.EventRecord{ev}}}
 		if img.Observed.Is() {
 			out = append(out, Write{Group: group, Key: catalog.ImageKey(catalog.Observed, name), Was: img.Observed.Rev})
 		}
-		ev := note(in.Now, catalog.Normal, catalog.KindImage, name, "Deleted")
-		return append(out, Write{Group: group, Key: catalog.ImageKey(catalog.Wanted, name), Was: img.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
+		return out
 	}
 	w, why := placeImage(in, p, img.Wanted.Value)
 	if len(w.Disks) > len(img.Wanted.Value.Disks) {

@@ -151,7 +151,8 @@ func replicasGone(vol Volume) bool {
 	return true
 }
 
-// endVolume removes a volume's records, the one that names it last: until then all of this can be done again.
+// endVolume removes a volume's records. The observed one, which says that all is gone, outlives the one that names the volume: after a crash in between it
+// belongs to nobody, and is removed as such.
 func endVolume(in ClusterInput, name string) []Write {
 	vol := in.View.Volumes[name]
 	group := "volume/" + name
@@ -162,9 +163,10 @@ func endVolume(in ClusterInput, name string) []Write {
 	if m := in.View.Memberships[vol.Wanted.Value.ID]; m.Is() {
 		out = append(out, Write{Group: group, Key: catalog.MembershipKey(vol.Wanted.Value.ID), Was: m.Rev})
 	}
+	ev := note(in.Now, catalog.Normal, catalog.KindVolume, name, "Deleted")
+	out = append(out, Write{Group: group, Key: catalog.VolumeKey(catalog.Wanted, name), Was: vol.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
 	if vol.Observed.Is() {
 		out = append(out, Write{Group: group, Key: catalog.VolumeKey(catalog.Observed, name), Was: vol.Observed.Rev})
 	}
-	ev := note(in.Now, catalog.Normal, catalog.KindVolume, name, "Deleted")
-	return append(out, Write{Group: group, Key: catalog.VolumeKey(catalog.Wanted, name), Was: vol.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
+	return out
 }
