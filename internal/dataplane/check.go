@@ -24,7 +24,7 @@ func (p *Process) Check(ctx context.Context, a client.Check) (client.Problems, e
 
 func (p *Process) check(ctx context.Context, a client.Check) ([]client.Problem, error) {
 	open := false
-	if s := p.slot(a.VolumeID, false); s != nil {
+	if s := p.slot(a.VolumeID); s != nil {
 		// The token is held, so that the chain stays as it is meanwhile.
 		if err := s.take(ctx); err != nil {
 			return nil, err

@@ -3,8 +3,11 @@ package dataplane
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"testing"
+	"testing/synctest"
 
+	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/disk"
 )
@@ -164,22 +167,64 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestCloseFlushes: the detach is a flush, and its failure is reported and needs salvage.
+// TestCloseFlushes: the detach is a flush, and its failure is reported and needs salvage, even if nothing but open.json can know of it.
 func TestCloseFlushes(t *testing.T) {
-	b := newBed(t)
-	m := b.onMem(disk.MemOptions{Seed: 1})
-	c := b.ready()
-	a := b.volume(c, 1, mib)
-	b.open(c, a)
-	if err := guest(t, b.runDir, a.Volume).write(0, page("x")); err != nil {
-		t.Fatal(err)
+	for name, mute := range map[string]bool{"disk works": false, "nothing else can record it": true} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			m := b.onMem(disk.MemOptions{Seed: 1})
+			c := b.ready()
+			a := b.volume(c, 1, mib)
+			b.open(c, a)
+			if err := guest(t, b.runDir, a.Volume).write(0, page("x")); err != nil {
+				t.Fatal(err)
+			}
+			if mute {
+				b.cat.away()
+				m.Fail(disk.FailOptions{Kind: disk.OpWrite, Pattern: "replicas/*/*", Nth: 1, Times: -1})
+				m.Fail(disk.FailOptions{Kind: disk.OpSync, Pattern: "replicas/*/*", Nth: 1, Times: -1})
+			} else {
+				m.FailSync("replicas/*/*.layer", 1)
+			}
+			err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID})
+			if err == nil {
+				t.Error("a close whose flush failed succeeded")
+			}
+			if !mute {
+				wantCode(t, "a close whose flush failed", err, client.CodeFailed)
+			}
+			m.ClearFaults()
+			if mute {
+				b.cat.back()
+			}
+			if _, there := status(t, c, a.VolumeID); there {
+				t.Error("closed, and in the state")
+			}
+			_, err = c.OpenVolume(t.Context(), a)
+			wantCode(t, "open without salvage", err, client.CodeSalvage)
+		})
 	}
-	m.Fail(disk.FailOptions{Kind: disk.OpSync, Pattern: "replicas/*/*.layer", Nth: 1, Times: 1})
-	wantCode(t, "a close whose flush failed", c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}), client.CodeFailed)
-	m.ClearFaults()
-	if _, there := status(t, c, a.VolumeID); there {
-		t.Error("closed, and in the state")
-	}
-	_, err := c.OpenVolume(t.Context(), a)
-	wantCode(t, "open without salvage", err, client.CodeSalvage)
+}
+
+// brokenDevice fails every flush as a volume does whose last copy failed.
+type brokenDevice struct{ block.Device }
+
+func (brokenDevice) Flush() error { return fmt.Errorf("volume: %w", block.ErrFailed) }
+
+// TestFailureIsOnRecordFirst: no client hears of a failure before it is on record.
+func TestFailureIsOnRecordFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		record := make(chan struct{})
+		w := &witness{Device: brokenDevice{}, failed: func(error) { <-record }}
+		answered := make(chan error, 1)
+		go func() { answered <- w.Flush() }()
+		synctest.Wait()
+		if len(answered) != 0 {
+			t.Error("the client was answered before the failure was on record")
+		}
+		close(record)
+		if err := <-answered; !errors.Is(err, block.ErrFailed) {
+			t.Errorf("the client was answered %v", err)
+		}
+	})
 }

@@ -112,6 +112,7 @@ type catalogue struct {
 	mu      sync.Mutex // guards the rest
 	records map[string]client.MembershipEntry
 	stop    func()
+	onRead  func() // may be nil
 }
 
 func newCatalogue(t testing.TB, runDir string) *catalogue {
@@ -124,6 +125,9 @@ func newCatalogue(t testing.TB, runDir string) *catalogue {
 func (c *catalogue) Read(_ context.Context, volumeID string) (client.MembershipEntry, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.onRead != nil {
+		c.onRead()
+	}
 	e, ok := c.records[volumeID]
 	if !ok {
 		return e, client.ErrNotFound

@@ -24,7 +24,7 @@ const (
 func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeStatus, error) {
 	ctx, cancel := p.work(ctx)
 	defer cancel()
-	s := p.slot(a.VolumeID, false)
+	s := p.slot(a.VolumeID)
 	if s == nil {
 		return client.VolumeStatus{}, fmt.Errorf("%s: volume %.40q is not open here: %w", a.Verb, a.VolumeID, client.ErrNotFound)
 	}

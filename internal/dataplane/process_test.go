@@ -537,3 +537,88 @@ func TestCheck(t *testing.T) {
 		t.Errorf("rot was read as data: %v", err)
 	}
 }
+
+// TestCopyThatForgot: a copy that does not know the writer this process had (its directory was put back from a copy, say) is not served.
+func TestCopyThatForgot(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	a := b.volume(c, 1, mib)
+	b.open(c, a)
+	err := b.p.list.change(func(f *openFile) {
+		e := f.Volumes[a.VolumeID]
+		e.Session += 5 // as if sessions had come and gone that the copy knows nothing of
+		f.Volumes[a.VolumeID] = e
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.end()
+	c = b.start()
+	eventually(t, "the volume is refused", func() bool { st, _ := status(t, c, a.VolumeID); return st.State == stateFailed })
+	if st, _ := status(t, c, a.VolumeID); st.Code != client.CodeFenced {
+		t.Errorf("code %q: %s", st.Code, st.Error)
+	}
+	if _, err := dialNBD(b.p.nbd.Path(a.Volume), a.Volume); err == nil {
+		t.Error("and yet it is exported")
+	}
+}
+
+// TestOpenListComesFirst looks at open.json at the moment the catalogue is asked for the first time.
+func TestOpenListComesFirst(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	a := b.volume(c, 1, mib)
+	asked := false
+	b.cat.onRead = func() {
+		asked = true
+		text, err := os.ReadFile(filepath.Join(client.DataDir(b.runDir), "open.json"))
+		if err != nil {
+			t.Error(err)
+		}
+		f, err := parseOpenFile(text)
+		if err != nil || f.Volumes[a.VolumeID].Open != a {
+			t.Errorf("a volume is being opened, and open.json says %s, %v", text, err)
+		}
+	}
+	b.open(c, a)
+	if !asked {
+		t.Error("the catalogue was not asked")
+	}
+}
+
+// TestOpenListIsReplacedWhole: a reader, or a successor, finds the old list or the new one.
+func TestOpenListIsReplacedWhole(t *testing.T) {
+	dir := shortDir(t)
+	if err := os.MkdirAll(client.DataDir(dir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := loadOpenList(dir, "boot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.useDisk(client.Disk{Path: "/d", ClusterID: "c"}); err != nil {
+		t.Fatal(err)
+	}
+	old, err := os.Open(l.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+	before, err := os.ReadFile(l.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.put(openEntry{Open: client.OpenVolume{VolumeID: id("volu", 1)}}); err != nil {
+		t.Fatal(err)
+	}
+	still := make([]byte, len(before)+1)
+	if n, _ := old.ReadAt(still, 0); !bytes.Equal(still[:n], before) {
+		t.Error("the file that a reader had open was written to")
+	}
+	if again, err := loadOpenList(dir, "boot"); !errors.Is(err, errOpenList) && (err != nil || len(again.snapshot().Volumes) != 1) {
+		t.Errorf("read again: %+v, %v", again.snapshot(), err)
+	}
+	if _, err := os.Stat(l.path + ".new"); err == nil {
+		t.Error("the new file is left beside it")
+	}
+}

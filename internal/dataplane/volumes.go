@@ -8,7 +8,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
@@ -94,11 +93,12 @@ func checkOpen(a client.OpenVolume) error {
 	return checkName(a.Volume)
 }
 
-// checkName refuses names that cannot be part of a file's name, or of a descriptor's at the holder.
+// checkName refuses names that cannot be part of a file's name, a socket's path and a descriptor's name at the holder: 1 to 128 letters, digits and . _ - of ASCII,
+// no dot first.
 func checkName(name string) error {
-	bad := name == "" || len(name) > 128 || strings.HasPrefix(name, ".") || strings.ContainsAny(name, "/ ") || strings.ContainsFunc(name, unicode.IsControl)
+	bad := name == "" || len(name) > 128 || strings.HasPrefix(name, ".")
 	for _, c := range []byte(name) {
-		bad = bad || c >= 0x80
+		bad = bad || !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '.' || c == '_' || c == '-')
 	}
 	if bad {
 		return fmt.Errorf("volume name %.40q: %w", name, client.ErrInvalid)
@@ -122,19 +122,27 @@ func (p *Process) slots() []*slot {
 	return out
 }
 
-// slot returns a volume's slot, made if need be; nil if it is not there and is not to be made, or the process ends.
-func (p *Process) slot(volumeID string, make bool) *slot {
+// slot returns a volume's slot, or nil.
+func (p *Process) slot(volumeID string) *slot {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := p.slotByID[volumeID]
-	if s == nil && make && !p.ending {
-		s = newSlot()
-		p.slotByID[volumeID] = s
-	}
-	return s
+	return p.slotByID[volumeID]
 }
 
-func newSlot() *slot { return &slot{token: make(chan struct{}, 1)} }
+// newSlot returns a volume's slot, made if there is none; client.ErrUnreachable if the process is ending.
+func (p *Process) newSlot(volumeID string) (*slot, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ending {
+		return nil, fmt.Errorf("%w: the data process is ending", client.ErrUnreachable)
+	}
+	s := p.slotByID[volumeID]
+	if s == nil {
+		s = &slot{token: make(chan struct{}, 1)}
+		p.slotByID[volumeID] = s
+	}
+	return s, nil
+}
 
 // forget removes a slot that holds nothing; the caller has its token.
 func (p *Process) forget(volumeID string) {
@@ -153,18 +161,19 @@ func (p *Process) OpenVolume(ctx context.Context, a client.OpenVolume) (client.V
 	ctx, cancel := p.work(ctx)
 	defer cancel()
 	for {
-		s := p.slot(a.VolumeID, true)
-		if s == nil {
-			return client.VolumeStatus{}, fmt.Errorf("open volume %s: %w: the data process is ending", a.Volume, client.ErrUnreachable)
+		s, err := p.newSlot(a.VolumeID)
+		if err != nil {
+			return client.VolumeStatus{}, fmt.Errorf("open volume %s: %w", a.Volume, err)
 		}
 		if err := s.take(ctx); err != nil {
 			return client.VolumeStatus{}, forWire(err)
 		}
-		if p.slot(a.VolumeID, false) != s { // closed and forgotten while we waited
+		// Closed and forgotten while we waited, or the process ends: begin again.
+		if now, err := p.newSlot(a.VolumeID); now != s || err != nil {
 			s.give()
 			continue
 		}
-		err := p.openSlot(ctx, s, a)
+		err = p.openSlot(ctx, s, a)
 		st := p.volumeStatus(ctx, s, p.nbd.Stats())
 		s.give()
 		if err != nil {
@@ -199,7 +208,7 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 	if err := p.list.put(was); err != nil { // before anything is opened
 		return err
 	}
-	err := p.bringUp(ctx, s, was, !known)
+	err := p.bringUp(ctx, s, was)
 	if err == nil {
 		return nil
 	}
@@ -214,8 +223,9 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 	return errors.Join(err, p.list.remove(a.VolumeID))
 }
 
-// bringUp opens a volume's replica and engine, records the writer it became, and only then exports it. guestsGone: nobody used it since it was detached.
-func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry, guestsGone bool) error {
+// bringUp opens a volume's replica and engine, records the writer it became, and only then exports it. An entry with an epoch is
+// resumed; without one the volume was detached since its last writer.
+func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	s.change(func(s *slot) { s.args, s.state, s.err, s.entry = e.Open, stateOpening, nil, e })
 	p.board.bump()
 	d, err := p.disk(e.Open.DiskID)
@@ -229,7 +239,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry, guestsGone 
 	vol, err := volume.Open(ctx, volume.Config{
 		VolumeID: e.Open.VolumeID, Name: e.Open.Volume, Node: e.Open.Node, BootID: p.boot, Ledger: p.ledger,
 		Replicas: []volume.Member{{ID: e.Open.ReplicaID, Replica: rep.Connect()}},
-		Resume:   e.Epoch > 0, GuestsGone: guestsGone, Salvage: e.Open.Salvage,
+		Resume:   e.Epoch > 0, GuestsGone: e.Epoch == 0, Salvage: e.Open.Salvage,
 	})
 	if err != nil {
 		return errors.Join(err, rep.Close())
@@ -340,8 +350,8 @@ func (p *Process) reopen(f openFile) {
 			}
 			continue
 		}
-		s := p.slot(id, true)
-		if s == nil {
+		s, err := p.newSlot(id)
+		if err != nil {
 			return
 		}
 		s.token <- struct{}{} // fresh: nobody else has it
@@ -359,7 +369,7 @@ func (p *Process) reopenSlot(s *slot, e openEntry) {
 			s.give()
 			return
 		}
-		err := p.bringUp(p.life, s, e, false)
+		err := p.bringUp(p.life, s, e)
 		if err != nil && !errors.Is(err, volume.ErrUnreachable) {
 			p.failSlot(p.life, s, e, err)
 		}
@@ -387,7 +397,7 @@ func (p *Process) reopenSlot(s *slot, e openEntry) {
 func (p *Process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 	ctx, cancel := p.work(ctx)
 	defer cancel()
-	s := p.slot(a.VolumeID, false)
+	s := p.slot(a.VolumeID)
 	if s == nil {
 		return nil
 	}
@@ -395,7 +405,7 @@ func (p *Process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 		return forWire(err)
 	}
 	defer s.give()
-	if p.slot(a.VolumeID, false) != s {
+	if p.slot(a.VolumeID) != s {
 		return nil // closed while we waited
 	}
 	return forWire(p.closeSlot(ctx, s))

@@ -494,7 +494,9 @@ func TestCrashLoopIsReported(t *testing.T) {
 func TestSecondHolderIsRefused(t *testing.T) {
 	cfg := newRun(t, "data-that-dies")
 	runHere(t, cfg)
-	if err := Run(t.Context(), cfg); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if err := Run(ctx, cfg); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Errorf("second holder: %v, want ErrRunning that names the first", err)
 	}
 }
@@ -562,6 +564,14 @@ func TestDataComesBack(t *testing.T) {
 	defer k.Close()
 	var pid int
 	eventually(t, "data serves", func() (ok bool) { pid, ok = greeting(t, cfg); return ok })
+	made := func() syscall.Timespec { // inode numbers are used again
+		var st syscall.Stat_t
+		if err := syscall.Stat(filepath.Join(cfg.RunDir, "greeter.sock"), &st); err != nil {
+			t.Fatal(err)
+		}
+		return st.Ctim
+	}
+	first := made()
 	for i := range 3 {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
@@ -571,6 +581,9 @@ func TestDataComesBack(t *testing.T) {
 		// A connection made while the killed one still listens may be cut; one made after waits.
 		eventually(t, "data serves again", func() (ok bool) { next, ok = greeting(t, cfg); return ok && next != pid })
 		t.Logf("kill %d: served again after %v", i+1, time.Since(began).Round(time.Millisecond))
+		if made() != first {
+			t.Error("it is another socket: who waited in the first waits for ever")
+		}
 		pid = next
 	}
 	st, err := k.Status(t.Context())
@@ -606,6 +619,11 @@ func TestHolderComesBack(t *testing.T) {
 	})
 	if now, ok := greeting(t, cfg); !ok || now != pid {
 		t.Errorf("data process %d became %d", pid, now)
+	}
+	c := dial(t, cfg)
+	eventually(t, "the new holder knows of the data process", func() bool { st, err := c.Status(t.Context()); return err == nil && st.Data.Running })
+	if st, err := c.Status(t.Context()); err != nil || st.Data.Starts != 0 || !strings.Contains(st.Data.Who, strconv.Itoa(pid)) {
+		t.Errorf("the new holder says of a data process that ran already: %+v, %v", st.Data, err)
 	}
 	// The new holder is not its parent, and still notices its death.
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
