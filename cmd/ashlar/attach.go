@@ -93,8 +93,7 @@ func (a *app) waitAttached(ctx context.Context, c *client.Client, name string, a
 	defer cancel()
 	v, err := c.WaitVolume(short, name, func(v api.Volume) (bool, error) {
 		if v.Robustness == "faulted" {
-			return false, api.Failure(api.CodeSalvage, "volume %s is faulted%s; look with `ashlar volume show %s`; `ashlar volume salvage %s` goes on with what is left",
-				name, because(v), name, name)
+			return false, api.Failure(api.CodeSalvage, "volume %s is faulted%s; look with `ashlar volume show %s`", name, because(v), name)
 		}
 		return v.State == "attached" && (at.DisableFrontend || v.Controllers[0].Endpoint != ""), nil
 	})

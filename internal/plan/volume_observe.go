@@ -117,7 +117,7 @@ func (p *planner) volumeError(h *here) string {
 		return f.Message
 	}
 	if h.open && h.found.State == FoundFailed {
-		return h.found.Error
+		return h.found.Error + advice(h.found.Code, h.w.Name)
 	}
 	if h.open && h.found.State == FoundOpen {
 		return ""
@@ -137,8 +137,19 @@ func (p *planner) volumeError(h *here) string {
 	}
 	for _, a := range []Action{h.createAction(), h.openAction()} {
 		if f, ok := p.failure(a); ok && (h.ticketed() || !h.there) {
-			return f.Message
+			return f.Message + advice(f.Code, h.w.Name)
 		}
+	}
+	return ""
+}
+
+// advice says what a person can do about what needs one.
+func advice(code, volume string) string {
+	switch code {
+	case catalog.CodeStale:
+		return "; the catalogue is an old copy: stop `ashlar serve`, run `ashlar recover` on the node's disks, and start it again"
+	case catalog.CodeFailed, catalog.CodeNeedsSalvage:
+		return "; `ashlar volume salvage " + volume + "` goes on with what is left"
 	}
 	return ""
 }
