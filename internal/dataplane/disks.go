@@ -312,7 +312,7 @@ func (d *diskDir) close() error {
 	return nil
 }
 
-// AdoptDisk implements client.Service. A disk in use already is what it is.
+// AdoptDisk implements client.Service. A disk in use already is looked at again, because whoever asks may rebuild a catalogue from the answer.
 func (p *Process) AdoptDisk(_ context.Context, a client.Disk) (client.DiskStatus, error) {
 	if !filepath.IsAbs(a.Path) || a.ClusterID == "" || strings.ContainsRune(a.Path, 0) {
 		return client.DiskStatus{}, fmt.Errorf("adopt disk %q of cluster %q: %w: an absolute path and a cluster are needed", a.Path, a.ClusterID, client.ErrInvalid)
@@ -334,6 +334,8 @@ func (p *Process) adopt(a client.Disk) (*diskDir, error) {
 			if d.ClusterID != a.ClusterID {
 				return nil, fmt.Errorf("disk %s: %w: it belongs to cluster %s, not %s", a.Path, client.ErrForeignDisk, d.ClusterID, a.ClusterID)
 			}
+			d.lookAtAll()
+			p.board.bump()
 			return d, nil
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/disk"
+	"ashlar/internal/replica"
 )
 
 func TestAdoptDisk(t *testing.T) {
@@ -85,6 +86,28 @@ func TestAdoptDisk(t *testing.T) {
 }
 
 // TestOneProcessPerDisk: a second data process, of another run directory, does not get the disk.
+// TestAdoptAgainIsUpToDate: the answer to an adoption shows the membership record that an open replica keeps now; a catalogue is rebuilt from it.
+func TestAdoptAgainIsUpToDate(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	a := b.volume(c, 1, 16<<20)
+	b.open(c, a)
+	st, err := c.AdoptDisk(t.Context(), client.Disk{Path: b.disk, ClusterID: testCluster})
+	if err != nil || len(st.Replicas) != 1 {
+		t.Fatalf("adopted again: %+v, %v", st, err)
+	}
+	var rec replica.Record
+	if err := json.Unmarshal(st.Replicas[0].Record, &rec); err != nil {
+		t.Fatal(err)
+	}
+	if want := b.cat.record(a.VolumeID); rec.Epoch != want.Epoch || rec.Generation != want.Generation || rec.Epoch == 0 {
+		t.Errorf("the replica shows epoch %d generation %d, the catalogue has %d, %d", rec.Epoch, rec.Generation, want.Epoch, want.Generation)
+	}
+	if again := b.state(c).Disks[0].Replicas[0]; string(again.Record) != string(st.Replicas[0].Record) {
+		t.Errorf("the state shows %s", again.Record)
+	}
+}
+
 func TestOneProcessPerDisk(t *testing.T) {
 	a, b := newBed(t), newBed(t)
 	a.ready()

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path"
+	"slices"
 	"sort"
 	"time"
 
@@ -104,6 +106,16 @@ func (d *diskDir) lookAgain(dir string) {
 	} else if err == nil {
 		delete(d.found.replicas, dir)
 		delete(d.found.broken, dir)
+	}
+}
+
+// lookAtAll refreshes what is known of every replica: an open one changes its record whenever it is opened, and with every membership record it is sent.
+func (d *diskDir) lookAtAll() {
+	d.mu.Lock()
+	dirs := slices.Collect(maps.Keys(d.found.replicas))
+	d.mu.Unlock()
+	for _, dir := range dirs {
+		d.lookAgain(dir)
 	}
 }
 
