@@ -188,14 +188,14 @@ func (n *Node) lock() error {
 			return err
 		}
 	}
-	for what, dir := range map[string]string{"serve.lock": n.cfg.DataDir, "node.lock": n.cfg.RunDir} {
-		f, err := os.OpenFile(filepath.Join(dir, what), os.O_CREATE|os.O_RDWR, 0o600)
+	for _, name := range []string{filepath.Join(n.cfg.DataDir, "serve.lock"), filepath.Join(n.cfg.RunDir, "node.lock")} {
+		f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 		if err != nil {
 			return err
 		}
 		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			f.Close()
-			return fmt.Errorf("%s: %w", dir, ErrInUse)
+			return fmt.Errorf("%s: %w", filepath.Dir(name), ErrInUse)
 		}
 		n.undo = append(n.undo, f.Close)
 	}
