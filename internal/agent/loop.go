@@ -25,6 +25,7 @@ type loop struct {
 	listed  bool        // the view is complete
 	catAway bool        // the catalogue does not answer: the view may be old, nothing is done
 	seen    catalog.Rev // how far the watch has shown the catalogue
+	looked  bool        // somebody said how the data process is; before that nothing is known of it, not even that it is away
 	found   plan.Found
 	hello   client.Hello // of the process that found is from
 	rev     uint64       // of found
@@ -153,6 +154,7 @@ func (l *loop) apply(ev catalog.Event) {
 
 // takeState keeps the newest look at the newest process. Looks arrive in any order.
 func (l *loop) takeState(s stateOrAway) {
+	l.looked = true
 	if s.away {
 		l.found = plan.Found{}
 		return
@@ -216,7 +218,7 @@ func (l *loop) forget(now time.Time) {
 
 // plan asks plan and begins what it says.
 func (l *loop) plan(ctx context.Context) (wake time.Time) {
-	if !l.listed || l.catAway || l.a.stopping.Load() || ctx.Err() != nil {
+	if !l.listed || !l.looked || l.catAway || l.a.stopping.Load() || ctx.Err() != nil {
 		return time.Time{}
 	}
 	l.forgetFinished()

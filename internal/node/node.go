@@ -134,7 +134,7 @@ func (n *Node) build(ctx context.Context) error {
 	}
 	n.undo = append(n.undo, cat.Close)
 	ag, err := agent.New(agent.Config{
-		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.ensureData, RunDir: n.cfg.RunDir, Log: n.cfg.Log,
+		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log,
 		Disks: map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
 		Stop:  func() { n.cancel(errStopped) },
 	})
@@ -236,6 +236,14 @@ func (n *Node) openCatalogue(ctx context.Context) (*etcd.Store, error) {
 		return etcd.Open(ctx, etcd.Options{Endpoints: n.cfg.Etcd, Log: n.cfg.Log})
 	}
 	return etcd.Open(ctx, etcd.Options{Dir: n.catalogueDir(), Log: n.cfg.Log})
+}
+
+// startPatience is how long the data process may take to come up before the node says that it is away.
+const startPatience = 5 * time.Second
+
+// startData returns the data process; while it is coming up it waits, or every start of a node would say first that it is away.
+func (n *Node) startData(ctx context.Context) (client.Service, error) {
+	return n.awaitData(ctx, startPatience)
 }
 
 // ensureData returns the data process that answers. The keeper sees to the holder, and the holder to the data process, so all there is to do is to ask whoever listens.

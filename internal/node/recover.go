@@ -43,7 +43,7 @@ func Recover(ctx context.Context, cfg Config, disks []string) (rep agent.Recover
 		return rep, fmt.Errorf("open the catalogue: %w", err)
 	}
 	n.undo = append(n.undo, cat.Close)
-	data, err := n.awaitData(ctx)
+	data, err := n.awaitData(ctx, readyTimeout)
 	if err != nil {
 		return rep, err
 	}
@@ -78,9 +78,9 @@ func recoverFrom(cfg Config, disks []string) ([]agent.RecoverDisk, error) {
 // helloTimeout bounds the question whether a data process runs; a listening socket that the holder keeps takes connections also when none does.
 const helloTimeout = 2 * time.Second
 
-// awaitData waits until the data process that the holder starts answers.
-func (n *Node) awaitData(ctx context.Context) (client.Service, error) {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+// awaitData waits until the data process that the holder starts answers, at most so long.
+func (n *Node) awaitData(ctx context.Context, limit time.Duration) (client.Service, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
