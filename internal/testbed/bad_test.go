@@ -273,7 +273,7 @@ func (b *bed) badUsage() {
 	if said := b.cli("dump", "layer", b.path("no.layer")); !strings.Contains(said, "no layer file") { // dump goes on past all damage, and says so
 		b.Error(said)
 	}
-	b.refused(exitFailed, []string{"missing.layer"}, "dump", "layer", b.path("missing.layer"))
+	b.refused(exitNotFound, []string{"missing.layer"}, "dump", "layer", b.path("missing.layer"))
 }
 
 // badREST: wrong types, wrong methods, no JSON, too much; unknown fields are ignored.
