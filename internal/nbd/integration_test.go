@@ -346,7 +346,7 @@ func TestFioVerify(t *testing.T) {
 			dev.hook = hook(&calls)
 			s, uri := listen(t, Export{Name: "vol", Device: dev})
 			out := run(t, "fio", "--name=verify", "--ioengine=nbd", "--uri="+uri, "--rw=randrw", "--bsrange=512-64k", "--blockalign=512",
-				"--size=64m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--fsync=32", "--randseed=7", "--output-format=json")
+				"--size=64m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--fsync=32", "--randseed=7", "--verify_state_save=0", "--output-format=json")
 			type result struct {
 				Jobs []struct {
 					Error int
