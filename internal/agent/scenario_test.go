@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"slices"
@@ -330,6 +331,32 @@ func TestTombstoneIsReadAgain(t *testing.T) {
 	})
 }
 
+// TestUsersAreReadAgain: an image is not destroyed under a volume the watch does not show.
+func TestUsersAreReadAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.end()
+		var lying atomic.Bool
+		w.cat = stale{w.mem, func(ev catalog.Event) catalog.Event {
+			if lying.Load() && ev.Key.Part == catalog.Wanted && ev.Key.Kind == catalog.KindVolume {
+				ev.Value = bytes.Replace(ev.Value, []byte(`"imageID"`), []byte(`"hidden"`), 1)
+			}
+			return ev
+		}}
+		w.start()
+		w.settle(0)
+		w.createImage("i", "ok")
+		w.createVolume("a", "i")
+		w.settle(3 * time.Second)
+		lying.Store(true)
+		w.update("a", func(v *catalog.VolumeWanted) { v.Labels = map[string]string{"x": "y"} })
+		w.settle(0)
+		w.buryImage("i")
+		w.settle(time.Minute)
+		w.want("all is there", len(w.host.disks["/disks/default"].images) == 1)
+	})
+}
+
 // TestUnrecorded: what no record names goes on, and is reported once.
 func TestUnrecorded(t *testing.T) {
 	run(t, func(w *world) {
@@ -439,4 +466,22 @@ func TestLedger(t *testing.T) {
 	check("read while away", err, client.ErrUnreachable)
 	_, err = l.Swap(ctx, client.MembershipSwap{VolumeID: "v", Record: odd, Was: next})
 	check("swap while away", err, client.ErrUnreachable)
+}
+
+// TestRunningIsRecordedFirst: an operation is on record as running before it does anything.
+func TestRunningIsRecordedFirst(t *testing.T) {
+	run(t, func(w *world) {
+		w.attached("a")
+		var id string
+		var states []string
+		w.host.fault = func(_ context.Context, verb string, early bool) error {
+			if verb == "operate" && early {
+				states = append(states, w.operation("a", id).State)
+			}
+			return nil
+		}
+		id = w.operate("a", catalog.Operation{Verb: catalog.VerbSnapshot, Snapshot: "s"})
+		w.settle(0)
+		w.want("running, then done", slices.Equal(states, []string{catalog.OperationRunning}) && w.operation("a", id).State == catalog.OperationDone, states)
+	})
 }
