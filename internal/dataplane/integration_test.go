@@ -227,3 +227,54 @@ func TestRealClientsAreAnswered(t *testing.T) {
 		t.Errorf("an export that is not there: %v\n%s", err, out)
 	}
 }
+
+// TestIOFlusher has the program become an I/O flusher in a virtual machine, where it surely is allowed to: every thread has the mark after it executed itself.
+func TestIOFlusher(t *testing.T) {
+	dir := t.TempDir()
+	binary := filepath.Join(dir, "init")
+	build := exec.Command("go", "test", "-c", "-o", binary, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	program, err := os.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	initrd := filepath.Join(dir, "initrd")
+	if err := os.WriteFile(initrd, cpioOf(map[string][]byte{"init": program}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kernels, err := filepath.Glob("/boot/vmlinuz-*-cloud-amd64")
+	if err != nil || len(kernels) == 0 {
+		t.Fatalf("no kernel /boot/vmlinuz-*-cloud-amd64 (package linux-image-cloud-amd64): %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-m", "512", "-display", "none", "-nodefaults", "-serial", "stdio",
+		"-no-reboot", "-kernel", kernels[len(kernels)-1], "-initrd", initrd, "-append", "console=ttyS0 panic=-1 quiet mitigations=off nokaslr ASHLAR_TEST_GUEST=1").CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("FLUSHER ON ALL 32 THREADS")) || !bytes.Contains(out, []byte("GUEST DONE <nil>")) {
+		t.Errorf("qemu: %v\n%s", err, out)
+	}
+}
+
+// cpioOf packs executable files as a kernel wants its first file system.
+func cpioOf(files map[string][]byte) []byte {
+	var b bytes.Buffer
+	add := func(name string, mode int, content []byte) {
+		fmt.Fprintf(&b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x", b.Len()+1, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name)+1, 0)
+		b.WriteString(name + "\x00")
+		for b.Len()%4 != 0 {
+			b.WriteByte(0)
+		}
+		b.Write(content)
+		for b.Len()%4 != 0 {
+			b.WriteByte(0)
+		}
+	}
+	for name, content := range files {
+		add(name, 0o100755, content)
+	}
+	add("TRAILER!!!", 0, nil)
+	return b.Bytes()
+}
