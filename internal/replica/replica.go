@@ -99,7 +99,9 @@ const (
 // Merge makes one layer of two sealed ones, of which Lower is marked removed and Upper is its only child. Into is a new id and
 // carries Upper's snapshot. Prepare builds it while I/O goes on; Change swaps it in and then drops the two.
 type Merge struct {
-	Lower, Upper, Into LayerID
+	Lower LayerID `json:"lower"`
+	Upper LayerID `json:"upper"`
+	Into  LayerID `json:"into"`
 }
 
 // SnapshotMeta is what is said of a snapshot.

@@ -450,12 +450,14 @@ func (s script) resume(t *testing.T, l *lab, e end, deep bool) {
 		n.must(again(), "the verb again")
 		s.check(n, true)
 		n.close()
+		n.wantTidy()
 		return
 	}
 	list, err := crashes(n.fsys, 77, again)
 	n.must(err, "the verb again")
 	s.check(n, true)
 	n.close()
+	n.wantTidy()
 	for i, e2 := range list {
 		if i%11 != 0 && !e2.done {
 			continue
@@ -472,6 +474,14 @@ func (s script) resume(t *testing.T, l *lab, e end, deep bool) {
 		m.must(s.act(m), "the verb a third time")
 		s.check(m, true)
 		m.close()
+	}
+}
+
+// wantTidy checks that nothing lies about that no record knows, also none of the old heads.
+func (l *lab) wantTidy() {
+	l.Helper()
+	if found := local.Look(l.fsys, l.dir); found.Err != nil || len(found.Unknown) > 0 {
+		l.Fatalf("left behind %v, %v", found.Unknown, found.Err)
 	}
 }
 

@@ -60,7 +60,7 @@ func List(fsys disk.FS) ([]Found, error) {
 func Look(fsys disk.FS, dir string) Found {
 	f := Found{Dir: dir}
 	st, err := readRecord(fsys, dir)
-	heads, unknown, headErr := readHeaders(fsys, dir)
+	heads, others, listErr := readHeaders(fsys, dir)
 	if errors.Is(err, disk.ErrNoRecord) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, block.ErrCorrupt) {
 		f.RecordLost = true
 		if rebuilt, rebuildErr := rebuild(heads); rebuildErr == nil {
@@ -69,8 +69,16 @@ func Look(fsys disk.FS, dir string) Found {
 			err = errors.Join(err, rebuildErr)
 		}
 	}
-	f.Err = errors.Join(err, headErr)
-	f.Unknown = unknown
+	f.Err = errors.Join(err, listErr)
+	for name, why := range others {
+		id := replica.LayerID(strings.TrimSuffix(name, layerSuffix))
+		if err == nil && st.has(id) {
+			f.Err = errors.Join(f.Err, why)
+		} else if st.Change == nil || newLayer(*st.Change) != id {
+			f.Unknown = append(f.Unknown, name)
+		}
+	}
+	slices.Sort(f.Unknown)
 	if err != nil {
 		return f
 	}
@@ -115,38 +123,44 @@ type header struct {
 
 func (h header) id() replica.LayerID { return replica.LayerID(h.meta.ID) }
 
-// readHeaders reads the headers of all complete layer files in a directory.
-func readHeaders(fsys disk.FS, dir string) (heads []header, unknown []string, err error) {
+// readHeaders reads the headers of all complete layer files in a directory, and says of all other names but the record's why they are none.
+func readHeaders(fsys disk.FS, dir string) (heads []header, others map[string]error, err error) {
 	names, err := fsys.List(dir)
 	if err != nil {
 		return nil, nil, err
 	}
-	var errs []error
+	others = map[string]error{}
 	for _, name := range names {
-		id, isLayer := strings.CutSuffix(name, layerSuffix)
-		if !isLayer || !validID(id) {
-			if name != recordName {
-				unknown = append(unknown, name)
-			}
+		if name == recordName {
 			continue
 		}
-		info, err := fsys.Stat(path.Join(dir, name))
+		h, err := readHeader(fsys, dir, name)
 		if err != nil {
-			errs = append(errs, err)
+			others[name] = fmt.Errorf("%s: %w", name, err)
 			continue
 		}
-		meta, super, err := layer.Inspect(fsys, path.Join(dir, name))
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
-			continue
-		}
-		if string(meta.ID) != id {
-			errs = append(errs, fmt.Errorf("%s says it is layer %s: %w", name, meta.ID, block.ErrCorrupt))
-			continue
-		}
-		heads = append(heads, header{meta: meta, size: super.SizeBytes, allocated: info.AllocatedBytes})
+		heads = append(heads, h)
 	}
-	return heads, unknown, errors.Join(errs...)
+	return heads, others, nil
+}
+
+func readHeader(fsys disk.FS, dir, name string) (header, error) {
+	id, isLayer := strings.CutSuffix(name, layerSuffix)
+	if !isLayer || !validID(id) {
+		return header{}, fmt.Errorf("no layer's name: %w", ErrInvalid)
+	}
+	info, err := fsys.Stat(path.Join(dir, name))
+	if err != nil {
+		return header{}, err
+	}
+	meta, super, err := layer.Inspect(fsys, path.Join(dir, name))
+	if err != nil {
+		return header{}, err
+	}
+	if string(meta.ID) != id {
+		return header{}, fmt.Errorf("says it is layer %s: %w", meta.ID, block.ErrCorrupt)
+	}
+	return header{meta: meta, size: super.SizeBytes, allocated: info.AllocatedBytes}, nil
 }
 
 // find returns the directory of a replica by its record; fs.ErrNotExist.
@@ -192,7 +206,8 @@ func Sweep(fsys disk.FS) error {
 	return nil
 }
 
-// Recover writes a replica's record again from the headers of its layers, if it is lost; otherwise it changes nothing. The new record has no membership record and
+// Recover writes a replica's record again from the headers of its layers, if it is lost; otherwise it changes nothing. Files that are no whole layer are left alone: one that
+// was half made is not missed, and without one that was, the rest makes no chain (block.ErrCorrupt). The new record has no membership record and
 // epoch 0: whoever uses it next continues above the highest epoch known anywhere. basePath is the image's layer file, if the volume has an image.
 func Recover(fsys disk.FS, dir, basePath string) error {
 	if f := Look(fsys, dir); !f.RecordLost {

@@ -243,6 +243,25 @@ func checkPrune(g *rig) {
 	}
 }
 
+// checkPruneBranch: what the head hides is still read by another snapshot, and stays.
+func checkPruneBranch(g *rig) {
+	g.fill(1, 0, 8)
+	one := g.snapshot("one")
+	g.fill(2, 0, 2)
+	two := g.snapshot("two")
+	g.revert(one)
+	g.fill(3, 0, 8)
+	g.must(g.r.Flush(), "flush")
+	g.remove(one)
+	g.purge()
+	for range 2 {
+		g.wantSnapshot(two, 2, 0, 2)
+		g.wantSnapshot(two, 1, 2, 6)
+		g.wantFill(g.r, 3, 0, 8)
+		g.restart()
+	}
+}
+
 func checkPurgePinned(g *rig) {
 	g.fill(1, 0, 4)
 	one := g.snapshot("one")

@@ -54,7 +54,7 @@ func Run(t *testing.T, c Config) {
 		{"NotFenced", checkNotFenced}, {"FenceOrder", checkFenceOrder}, {"FenceEndsOlder", checkFenceEndsOlder}, {"FenceWaits", checkFenceWaits},
 		{"FenceDurable", checkFenceDurable}, {"SameWriterElsewhere", checkSameWriterElsewhere}, {"Keep", checkKeep}, {"KeepDurable", checkKeepDurable},
 		{"Snapshot", checkSnapshot}, {"SnapshotTwice", checkSnapshotTwice}, {"Unprepared", checkUnprepared}, {"GivenUp", checkGivenUp}, {"ChainMismatch", checkChainMismatch},
-		{"Expand", checkExpand}, {"Revert", checkRevert}, {"SetSnapshot", checkSetSnapshot}, {"PurgeLeaf", checkPurgeLeaf}, {"Prune", checkPrune},
+		{"Expand", checkExpand}, {"Revert", checkRevert}, {"SetSnapshot", checkSetSnapshot}, {"PurgeLeaf", checkPurgeLeaf}, {"Prune", checkPrune}, {"PruneBranch", checkPruneBranch},
 		{"PurgePinned", checkPurgePinned}, {"Merge", checkMerge}, {"MergeBeside", checkMergeBeside}, {"Discard", checkDiscard}, {"OldWriter", checkOldWriter}, {"Model", checkModel},
 	} {
 		t.Run(k.name, func(t *testing.T) { k.run(newRig(t, c)) })
