@@ -19,9 +19,11 @@ type crasher struct {
 	points atomic.Int64
 	kills  atomic.Int64
 	nested atomic.Int64
-	every  int        // take one of so many crash points
-	copies int        // outcomes of each power cut that are looked at
-	busy   sync.Mutex // held while a crash point is taken; who comes meanwhile passes by
+	every  int           // take one of so many crash points
+	copies int           // outcomes of each power cut that are looked at
+	meddle func(disk.Op) // does something of its own before the change
+	checks bool          // run Check on what is left, too
+	busy   sync.Mutex    // held while a crash point is taken; who comes meanwhile passes by
 }
 
 // arm has c act at every change of w's disk.
@@ -31,6 +33,9 @@ func (c *crasher) arm(w *world) {
 			return
 		}
 		defer c.busy.Unlock()
+		if c.meddle != nil {
+			c.meddle(op)
+		}
 		if c.every > 1 && c.rand.IntN(c.every) != 0 {
 			return
 		}
@@ -112,6 +117,13 @@ func (c *crasher) examine(f *world, from func(*unitModel) int) {
 	f.recover(from)
 	f.check("after "+f.hist[len(f.hist)-1], from, true)
 	f.checkSnapshots("after a crash")
+	if c.checks {
+		problems, err := Check(context.Background(), f.mem, f.chain)
+		f.must(err, "check")
+		if len(problems) > 0 {
+			f.fatalf("after a crash: %v", problems)
+		}
+	}
 	if deeper {
 		for range 6 {
 			if f.full {
@@ -164,7 +176,7 @@ func (c *crasher) history(seed uint64, n int, lim limits) {
 // TestCrashClones stops at every change of the disk in random histories, loses any subset of what was not flushed, tears at 512 bytes, and opens what is left.
 func TestCrashClones(t *testing.T) {
 	c := &crasher{t: t, copies: 2}
-	n := steps(t, 30)
+	n := steps(t, 14)
 	for seed := range uint64(n) {
 		c.rand = rand.New(rand.NewPCG(seed, 99))
 		c.history(seed, 40, limitsFor(seed))
@@ -176,7 +188,7 @@ func TestCrashClones(t *testing.T) {
 // fall between the halves of writes.
 func TestCrashConcurrent(t *testing.T) {
 	c := &crasher{t: t, copies: 2, every: 2}
-	n := steps(t, 20)
+	n := steps(t, 12)
 	ops := 0
 	for seed := range uint64(n) {
 		c.rand = rand.New(rand.NewPCG(seed, 77))

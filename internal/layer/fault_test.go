@@ -95,7 +95,7 @@ func (w *world) failedForGood(err error) {
 func TestNoSpace(t *testing.T) {
 	c := &crasher{t: t, copies: 1, every: 4}
 	refused := 0
-	n := steps(t, 24)
+	n := steps(t, 12)
 	for seed := range uint64(n) {
 		lim := limitsFor(seed)
 		sizing := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)

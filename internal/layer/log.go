@@ -120,6 +120,7 @@ type entry struct {
 	n       int64
 	sums    []byte // kindWrite
 	fresh   bool   // the units are not in the current interval yet
+	proven  bool   // the units are Data that is in U: their last record must match their bytes
 }
 
 // bytes is what the record takes.

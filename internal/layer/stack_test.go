@@ -153,7 +153,7 @@ func TestConformance(t *testing.T) {
 					return s
 				},
 			}
-			if c.below < 10 {
+			if c.below == 0 && c.limits == (limits{}) {
 				config.HugeBytes = 8 << 40
 			}
 			blocktest.Run(t, config)

@@ -189,7 +189,7 @@ func newWorld(t testing.TB, seed uint64, mo disk.MemOptions, lim limits) *world 
 	}
 	w.must(errors.Join(s.Seal(nil), s.Close(), l.Settle(context.Background()), l.Close()), "settle base")
 	w.base = "base"
-	w.chain = []string{w.create(""), w.base}
+	w.chain = []string{w.create(l.ID()), w.base}
 	w.open()
 	return w
 }

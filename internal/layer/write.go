@@ -266,7 +266,7 @@ func (w *writer) classify(src source, kind recordKind, code int) (e entry, neede
 		// A flush has begun since it was recorded, and may have promised its bytes: cover it first.
 		return e, false, needFlush
 	default:
-		e.covered, e.fresh, needed = src.coveredState(), false, true
+		e.covered, e.fresh, e.proven, needed = src.coveredState(), false, !src.zero(), true
 	}
 	return e, needed, needNothing
 }
@@ -315,13 +315,13 @@ func (w *writer) setSources(entries []entry, src source, code int) {
 	}
 }
 
-// unwrite tidies up after a write of units that failed with cause. Units that had no content keep none. Units in U may now hold anything, which their
-// last record does not match: what they hold is recorded.
+// unwrite tidies up after a write of units that failed with cause. Units that had no content keep none. Data in U may now hold anything, which its
+// last record does not match: what it holds is recorded.
 func (w *writer) unwrite(c *change, cause error) error {
 	again := c.entries[:0]
 	for _, e := range c.entries {
 		off := w.l.sb.Data.Off + e.unit*unitBytes
-		if e.fresh {
+		if !e.proven {
 			// If the hole cannot be made either, the space is lost until the layer is settled, no more.
 			w.l.f.Punch(off, e.n*unitBytes) //nolint:errcheck // see above
 			continue
