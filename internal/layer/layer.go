@@ -408,8 +408,8 @@ func (l *Layer) fail() {
 }
 
 func (l *Layer) failLocked() {
-	if l.failed.Swap(true) || l.meta.Settled || l.meta.ID == "" {
-		return // a settled layer has nothing that a failed fdatasync could have lost
+	if l.failed.Swap(true) || l.meta.State == StateSealed || l.meta.ID == "" {
+		return // all that a sealed layer promises is on the medium: its log still stands above its map
 	}
 	m := l.meta.clone()
 	m.Failed = true

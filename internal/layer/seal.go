@@ -3,16 +3,16 @@ package layer
 import (
 	"fmt"
 	"slices"
-
-	"ashlar/internal/block"
 )
 
 // Seal makes the head a sealed layer, durable with everything that was written to it, in one fdatasync. edit (may be nil) sets the header's
 // Snapshot or Image in the same stroke; it must not change ID, State, Settled, Sums or Failed. The caller holds writes: one that comes all the same is refused with
 // block.ErrReadOnly, until PushHead. If Seal fails the layer has failed (block.ErrFailed), and after it is opened again it is a head or sealed.
 func (s *Stack) Seal(edit func(*Meta)) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	if err := s.lock(); err != nil {
+		return fmt.Errorf("layer: seal: %w", err)
+	}
+	defer s.unlock()
 	v := s.view.Load()
 	w := v.writer
 	if w == nil {
@@ -78,12 +78,11 @@ func (w *writer) stop() {
 // PushHead puts a fresh head, created beforehand and at least as large, on top of a sealed stack, in memory only, and retains it. Size is the
 // new head's from then on; the caller holds I/O with a Gate. ErrState if the top is not sealed, or h is no fresh head.
 func (s *Stack) PushHead(h *Layer) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	v := s.view.Load()
-	if s.closed.Load() {
-		return fmt.Errorf("layer: push head: %w", block.ErrClosed)
+	if err := s.lock(); err != nil {
+		return fmt.Errorf("layer: push head: %w", err)
 	}
+	defer s.unlock()
+	v := s.view.Load()
 	if v.writer != nil || h.readOnly || h.sealed.Load() || h.sb.SizeBytes < v.sizeBytes || !v.layers[v.chain[0]].sealed.Load() {
 		return fmt.Errorf("layer: push head %s of %d bytes on %d: %w", h.sb.ID, h.sb.SizeBytes, v.sizeBytes, ErrState)
 	}
@@ -123,14 +122,14 @@ func (s *Stack) renumber(v *view, h *Layer) error {
 	return nil
 }
 
-// ReplaceMerged puts merged in the place of upper and lower, neighbours in this stack, and releases them. I/O goes on.
+// ReplaceMerged puts merged in the place of upper and lower, neighbours in this stack, and releases them. I/O goes on. The headers stay as they are: the
+// caller gives upper's children their new Parent.
 func (s *Stack) ReplaceMerged(upper, lower, merged *Layer) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	v := s.view.Load()
-	if s.closed.Load() {
-		return fmt.Errorf("layer: replace merged layers: %w", block.ErrClosed)
+	if err := s.lock(); err != nil {
+		return fmt.Errorf("layer: replace merged layers: %w", err)
 	}
+	defer s.unlock()
+	v := s.view.Load()
 	at := slices.IndexFunc(v.chain, func(slot int) bool { return v.layers[slot] == upper })
 	if at < 0 || at+1 == len(v.chain) || v.layers[v.chain[at+1]] != lower || !merged.sealed.Load() || merged.sb.SizeBytes != upper.sb.SizeBytes {
 		return fmt.Errorf("layer: replace %s and %s by %s: not neighbours, or not sealed: %w", upper.sb.ID, lower.sb.ID, merged.sb.ID, ErrState)

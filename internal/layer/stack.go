@@ -27,7 +27,9 @@ type Stack struct {
 	closed  atomic.Bool
 	stripes [64]stripe
 	sums    sumCache
-	mu      sync.Mutex // one change of the view at a time
+
+	mu       sync.Mutex // one change of the view at a time; guards released
+	released bool
 }
 
 var _ block.Device = (*Stack)(nil)
@@ -139,11 +141,38 @@ func (s *Stack) FlushAhead(ctx context.Context) error {
 // Close implements block.Device: later calls return block.ErrClosed, and the layers are released. It does not flush: what was written stays in the page
 // cache, and opening the layers on the same boot finds all of it. It does not wait for calls that are stuck in the kernel.
 func (s *Stack) Close() error {
-	if s.closed.Swap(true) {
+	if s.closed.Swap(true) || !s.mu.TryLock() {
+		return nil // closed before; or a change of the layers is under way, and unlock follows at its end
+	}
+	defer s.mu.Unlock()
+	return s.release()
+}
+
+// lock begins a change of the view.
+func (s *Stack) lock() error {
+	s.mu.Lock()
+	if s.closed.Load() {
+		s.unlock()
+		return block.ErrClosed
+	}
+	return nil
+}
+
+// unlock ends it. If Close came meanwhile and did not wait, its work is done here.
+func (s *Stack) unlock() {
+	s.mu.Unlock()
+	if s.closed.Load() && s.mu.TryLock() {
+		defer s.mu.Unlock()
+		s.release() //nolint:errcheck // the files are closed whatever is returned, and Close has returned long ago
+	}
+}
+
+// release ends the background and gives the layers back, once; mu is held.
+func (s *Stack) release() error {
+	if s.released {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.released = true
 	v := s.view.Load()
 	if v.writer != nil {
 		v.writer.close()
