@@ -239,7 +239,7 @@ func fuzz(ctx context.Context, t *tally, each time.Duration) {
 	}
 	for _, dir := range sortedKeys(byDir) {
 		for _, name := range byDir[dir] {
-			out, err := command(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", each.String(), dir)
+			out, err := command(ctx, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", each.String(), "-fuzzminimizetime", "5x", dir)
 			t.add("fuzz "+dir+" "+name, err, out)
 		}
 	}
