@@ -39,13 +39,10 @@ func (a *app) borrow(ctx context.Context, c *client.Client, name string, f func(
 	// An attachment of its own, so that it cannot be taken for a person's.
 	at := client.Attachment{DisableFrontend: true, ID: "cli-" + a.now().UTC().Format("150405.000000000")}
 	a.wait, a.noWait, a.timeout = true, false, borrowTimeout
-	if _, err := a.attachVolume(ctx, c, name, at); err != nil {
-		return err
-	}
 	defer func() {
 		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), borrowTimeout)
 		defer cancel()
-		_, e := c.Detach(late, name, client.Detachment{ID: at.ID})
+		e := a.giveBack(late, c, name, at.ID)
 		if e == nil {
 			_, e = a.waitDetached(late, c, name)
 		}
@@ -53,7 +50,30 @@ func (a *app) borrow(ctx context.Context, c *client.Client, name string, f func(
 			err = e
 		}
 	}()
+	if _, err := a.attachVolume(ctx, c, name, at); err != nil { // it may have been recorded all the same
+		return err
+	}
 	return f()
+}
+
+// giveBack takes an attachment back. A node that does not answer may be starting again, and would keep the attachment for ever.
+func (a *app) giveBack(ctx context.Context, c *client.Client, name, id string) error {
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for told := false; ; told = true {
+		_, err := c.Detach(ctx, name, client.Detachment{ID: id})
+		if api.CodeOf(err) != api.CodeUnreachable {
+			return err
+		}
+		if !told {
+			fmt.Fprintf(a.err, "no answer from the node; waiting to detach volume %s again\n", name)
+		}
+		select {
+		case <-ctx.Done():
+			return api.Because(err, api.CodeUnreachable, "volume %s is still attached for this command, because the node does not answer; `ashlar volume detach %s --force` when it does", name, name)
+		case <-tick.C:
+		}
+	}
 }
 
 func (a *app) snapshotCreate() *cobra.Command {
