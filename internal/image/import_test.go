@@ -134,9 +134,10 @@ func TestImport(t *testing.T) {
 					t.Fatalf("%s from %s: %+v", name, source, r)
 				}
 			}
-			bad := Checksum{"sha512", strings.Repeat("ab", 64)}
-			if _, _, err := imported(t.Context(), t, Request{Source: source, Checksum: bad}); !errors.Is(err, ErrChecksum) {
-				t.Fatalf("%s from %s, wrong checksum: %v", name, source, err)
+			for _, bad := range []Checksum{{"sha512", strings.Repeat("ab", 64)}, {"sha256", strings.Repeat("ab", 32)}} {
+				if _, _, err := imported(t.Context(), t, Request{Source: source, Checksum: bad}); !errors.Is(err, ErrChecksum) {
+					t.Fatalf("%s from %s, wrong %s: %v", name, source, bad.Algorithm, err)
+				}
 			}
 			if _, _, err := imported(t.Context(), t, Request{Source: source, Limits: Limits{FileBytes: int64(len(file)) - 1}}); len(file) > 1 && !errors.Is(err, ErrTooLarge) {
 				t.Fatalf("%s from %s, beyond the limit: %v", name, source, err)
@@ -329,6 +330,28 @@ func TestBadSources(t *testing.T) {
 			t.Errorf("%q: got %v, want %v", source, err, want)
 		} else if strings.Contains(err.Error(), "secret") {
 			t.Errorf("a password is in the message: %v", err)
+		}
+	}
+}
+
+// TestSourceChanges: a file that is touched or replaced while it is read is refused, because its sum and its content may not belong together.
+func TestSourceChanges(t *testing.T) {
+	for name, file := range map[string][]byte{"raw": rawSample(), "qcow2": goldenFiles(t)["v3"]} {
+		path := filepath.Join(t.TempDir(), "image")
+		for what, change := range map[string]func() error{
+			"touched":  func() error { return os.Chtimes(path, time.Time{}, time.Unix(1, 0)) },
+			"replaced": func() error { return errors.Join(os.WriteFile(path+"2", file, 0o600), os.Rename(path+"2", path)) },
+			"removed":  func() error { return os.Remove(path) },
+		} {
+			if err := os.WriteFile(path, file, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Import(t.Context(), Request{Source: path, Create: func(i Info) (block.Device, error) {
+				return newMemDevice(make([]byte, i.DeviceBytes)), change()
+			}})
+			if !errors.Is(err, ErrSource) {
+				t.Errorf("%s, %s: %v", name, what, err)
+			}
 		}
 	}
 }
