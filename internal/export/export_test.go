@@ -10,8 +10,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -60,13 +62,14 @@ func visit(path, name string, n int) ([]byte, error) {
 	return converse(c, name, n)
 }
 
-func converse(c net.Conn, name string, n int) ([]byte, error) {
+// enter negotiates for name and returns the export's transmission flags.
+func enter(c net.Conn, name string) (flags uint16, err error) {
 	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
-		return nil, err
+		return 0, err
 	}
 	var hello [18]byte
 	if _, err := io.ReadFull(c, hello[:]); err != nil {
-		return nil, err
+		return 0, err
 	}
 	p := []byte{0, 0, 0, 3}
 	p = append(p, "IHAVEOPT"...)
@@ -74,16 +77,29 @@ func converse(c net.Conn, name string, n int) ([]byte, error) {
 	p = binary.BigEndian.AppendUint32(p, uint32(len(name)))
 	p = append(p, name...)
 	if _, err := c.Write(p); err != nil {
-		return nil, err
+		return 0, err
 	}
 	var size [10]byte
 	if _, err := io.ReadFull(c, size[:]); err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint16(size[8:]), nil
+}
+
+// request is a request of n bytes at 0.
+func request(cmd uint16, n int) []byte {
+	req := binary.BigEndian.AppendUint32(nil, 0x25609513)
+	req = binary.BigEndian.AppendUint16(req, 0)
+	req = binary.BigEndian.AppendUint16(req, cmd)
+	req = append(req, make([]byte, 16)...)
+	return binary.BigEndian.AppendUint32(req, uint32(n))
+}
+
+func converse(c net.Conn, name string, n int) ([]byte, error) {
+	if _, err := enter(c, name); err != nil {
 		return nil, err
 	}
-	req := binary.BigEndian.AppendUint32(nil, 0x25609513)
-	req = append(req, make([]byte, 20)...)
-	req = binary.BigEndian.AppendUint32(req, uint32(n))
-	if _, err := c.Write(req); err != nil {
+	if _, err := c.Write(request(0, n)); err != nil {
 		return nil, err
 	}
 	reply := make([]byte, 16+n)
@@ -197,6 +213,98 @@ func TestRemoveEndsConnections(t *testing.T) {
 	}
 	if conns := n.Conns("v"); conns != nil {
 		t.Fatalf("connections %+v", conns)
+	}
+}
+
+// TestReadOnly: a client is told, and refused.
+func TestReadOnly(t *testing.T) {
+	n := newFrontend(t, t.TempDir(), newLocal(t))
+	dev := disk(t, "x")
+	if _, err := n.Add(context.Background(), "v", dev, Options{ReadOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.Dial("unix", n.Path("v"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if flags, err := enter(c, "v"); err != nil || flags&2 == 0 {
+		t.Fatalf("flags %#x, %v", flags, err)
+	}
+	var reply [16]byte
+	_, err = c.Write(append(request(1, 1), 'y'))
+	if _, e := io.ReadFull(c, reply[:]); err != nil || e != nil {
+		t.Fatal(err, e)
+	}
+	if e := binary.BigEndian.Uint32(reply[4:]); e != 1 { // EPERM
+		t.Errorf("a write is answered with %d", e)
+	}
+	wantVisit(t, n.Path("v"), "v", "x")
+}
+
+// stuck is a device whose reads wait.
+type stuck struct {
+	*block.Mem
+	reading, goOn chan struct{}
+}
+
+func (d stuck) ReadAt(p []byte, off int64) (int, error) {
+	d.reading <- struct{}{}
+	<-d.goOn
+	return d.Mem.ReadAt(p, off)
+}
+
+// TestRemoveWaitsForCalls: Remove does not say that it is done while the Device is at work.
+func TestRemoveWaitsForCalls(t *testing.T) {
+	n := newFrontend(t, t.TempDir(), newLocal(t))
+	for _, patient := range []bool{false, true} {
+		dev := stuck{disk(t, "x"), make(chan struct{}), make(chan struct{})}
+		if _, err := n.Add(context.Background(), "v", dev, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("unix", n.Path("v"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		var wg sync.WaitGroup
+		var got []byte
+		wg.Go(func() { got, err = converse(c, "v", 1) })
+		<-dev.reading
+		ctx, cancel := context.WithCancel(context.Background())
+		if !patient {
+			cancel()
+			if err := n.Remove(ctx, "v"); !errors.Is(err, context.Canceled) {
+				t.Errorf("Remove during a call, without patience: %v", err)
+			}
+			close(dev.goOn)
+			wg.Wait()
+			continue
+		}
+		var removed atomic.Bool
+		wg.Go(func() {
+			if err := n.Remove(ctx, "v"); err != nil {
+				t.Error(err)
+			}
+			removed.Store(true)
+		})
+		for deadline := time.Now().Add(patience); ; runtime.Gosched() {
+			if _, err := os.Lstat(n.Path("v")); errors.Is(err, fs.ErrNotExist) {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("the socket stays")
+			}
+		}
+		if removed.Load() {
+			t.Error("Remove returned during a call")
+		}
+		close(dev.goOn)
+		wg.Wait()
+		cancel()
+		if err != nil || string(got) != "x" {
+			t.Errorf("what was asked before was answered with %q, %v", got, err)
+		}
 	}
 }
 
