@@ -525,7 +525,10 @@ func TestCancelAndKill(t *testing.T) {
 // TestOrphan: a child whose parent is gone, which it sees as the end of its input, gives up and tidies up.
 func TestOrphan(t *testing.T) {
 	spec := importSpec(t, slowServer(t, sample(3<<20)))
+	spec.Import.IdleTimeoutMS = 8_000 // the server would end it too, but much later
 	cmd := childCommand(t)
+	var out bytes.Buffer
+	cmd.Stdout = &out
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -540,6 +543,11 @@ func TestOrphan(t *testing.T) {
 	in.Close()
 	if err := cmd.Wait(); err == nil {
 		t.Error("it said it had finished")
+	}
+	lines := bytes.Split(bytes.TrimSpace(out.Bytes()), []byte("\n"))
+	var last message
+	if err := json.Unmarshal(lines[len(lines)-1], &last); err != nil || last.Error == nil || !errors.Is(last.Error.err(), context.Canceled) {
+		t.Errorf("it ended with %s (%v), want to hear that it was cancelled", lines[len(lines)-1], err)
 	}
 	wantEmpty(t, spec)
 }
