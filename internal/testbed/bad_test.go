@@ -333,7 +333,6 @@ func (b *bed) badREST() {
 // badNBD: requests that no client should send. What is refused is refused with the right errno, and the connection and everybody else's go on.
 func (b *bed) badNBD() {
 	c := b.dial("v")
-	was := make([]byte, 32*mib)
 	whole := func() []byte {
 		b.Helper()
 		p := make([]byte, 32*mib)
@@ -344,7 +343,7 @@ func (b *bed) badNBD() {
 		}
 		return p
 	}
-	was = whole()
+	was := whole()
 	buf := make([]byte, 8192)
 	for what, try := range map[string]func() error{
 		"read past the end":             func() error { return c.read(32*mib-4096, buf) },

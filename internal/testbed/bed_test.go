@@ -525,12 +525,11 @@ type fioReport struct {
 
 // fio is a running fio.
 type fio struct {
-	b      *bed
-	cmd    *exec.Cmd
-	out    bytes.Buffer
-	err    bytes.Buffer
-	ended  chan error
-	result error
+	b     *bed
+	cmd   *exec.Cmd
+	out   bytes.Buffer
+	err   bytes.Buffer
+	ended chan error
 }
 
 // startFio starts it; it is ended with the test.
