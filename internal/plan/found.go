@@ -113,14 +113,23 @@ func (f *Found) diskAt(path string) (FoundDisk, bool) {
 	return FoundDisk{}, false
 }
 
-// volume finds a volume by its id.
-func (f *Found) volume(id string) (FoundVolume, bool) {
-	for _, v := range f.Volumes {
-		if v.VolumeID == id {
-			return v, true
+// index makes what is looked up for every volume quick to find.
+type index struct {
+	volumes  map[string]*FoundVolume     // by volume id
+	replicas map[[2]string]*FoundReplica // by disk id and replica id
+}
+
+func newIndex(f *Found) index {
+	x := index{volumes: make(map[string]*FoundVolume, len(f.Volumes)), replicas: map[[2]string]*FoundReplica{}}
+	for i := range f.Volumes {
+		x.volumes[f.Volumes[i].VolumeID] = &f.Volumes[i]
+	}
+	for _, d := range f.Disks {
+		for i := range d.Replicas {
+			x.replicas[[2]string{d.DiskID, d.Replicas[i].ReplicaID}] = &d.Replicas[i]
 		}
 	}
-	return FoundVolume{}, false
+	return x
 }
 
 // job finds an import; there is at most one of an image at a time.
@@ -131,15 +140,6 @@ func (f *Found) job(imageID string) (FoundJob, bool) {
 		}
 	}
 	return FoundJob{}, false
-}
-
-func (d *FoundDisk) replica(id string) (FoundReplica, bool) {
-	for _, r := range d.Replicas {
-		if r.ReplicaID == id {
-			return r, true
-		}
-	}
-	return FoundReplica{}, false
 }
 
 func (d *FoundDisk) image(id string) (FoundImage, bool) {

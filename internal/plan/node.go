@@ -77,13 +77,15 @@ func DiskKey(path string) string { return AdoptDisk{Path: path}.Key() }
 type planner struct {
 	in  NodeInput
 	out NodePlan
-	// used memoises users, which many images ask for.
+	// found is an index of in.Found.
+	found index
+	// used are the ids of the images that volumes stand on.
 	used map[string]bool
 }
 
 // OnNode says what the node does now.
 func OnNode(in NodeInput) NodePlan {
-	p := &planner{in: in, used: map[string]bool{}}
+	p := &planner{in: in, found: newIndex(&in.Found), used: map[string]bool{}}
 	for _, v := range in.View.Volumes {
 		p.used[v.Wanted.Value.ImageID] = true
 	}

@@ -102,8 +102,12 @@ func (p *planner) volume(name string) {
 	h := &here{vol: vol, w: w, place: w.Replicas[i], member: p.in.View.Memberships[w.ID]}
 	h.disk, h.diskOK = p.in.Found.disk(h.place.DiskID)
 	h.diskOK = h.diskOK && h.disk.usable()
-	h.replica, h.there = h.disk.replica(h.place.ReplicaID)
-	h.found, h.open = p.in.Found.volume(w.ID)
+	if r := p.found.replicas[[2]string{h.place.DiskID, h.place.ReplicaID}]; r != nil {
+		h.replica, h.there = *r, true
+	}
+	if f := p.found.volumes[w.ID]; f != nil {
+		h.found, h.open = *f, true
+	}
 	h.op, h.todo = p.in.View.next(name, w.ID)
 
 	current := !p.observeVolume(h)
