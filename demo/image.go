@@ -77,7 +77,6 @@ func makeImage(ctx context.Context, scratch, qcow2 string) error {
 	}
 	raw := filepath.Join(scratch, "disk.raw")
 	fs := filepath.Join(scratch, "root.ext4")
-	const mib = 1 << 20
 	steps := [][]string{
 		{"mke2fs", "-q", "-t", "ext4", "-L", "root", "-d", root, fs, "1000M"},
 		{"truncate", "-s", "1024M", raw},
