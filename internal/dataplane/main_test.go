@@ -33,7 +33,6 @@ func TestMain(m *testing.M) {
 		os.Exit(job.Main(ctx, os.Stdin, os.Stdout))
 	case "hold":
 		cfg := childConfig(os.Args[2], os.Args[3]).hold()
-		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 		if os.Args[len(os.Args)-1] == hold.DetachFlag {
 			os.Exit(exit(hold.Detach(ctx, cfg)))
 		}

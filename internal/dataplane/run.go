@@ -89,12 +89,14 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	log, closeLog, err := cfg.openLog()
-	if err != nil {
-		return err
+	if cfg.Log == nil {
+		log, end, err := hold.Logger(cfg.hold().DataLog())
+		if err != nil {
+			return fmt.Errorf("data process: %w", err)
+		}
+		defer end()
+		cfg.Log = log
 	}
-	defer closeLog()
-	cfg.Log = log
 	flusher := false
 	if !cfg.NoExec {
 		flusher = becomeFlusher(cfg.Log)
@@ -116,27 +118,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	p.flusher = flusher
 	return p.serve(ctx)
-}
-
-// openLog returns the configured log, or one on standard error.
-func (c Config) openLog() (*slog.Logger, func(), error) {
-	if c.Log != nil {
-		return c.Log, func() {}, nil
-	}
-	path := c.hold().DataLog()
-	onErr, err := os.Stderr.Stat()
-	if err != nil {
-		return slog.New(slog.DiscardHandler), func() {}, nil //nolint:nilerr // no standard error, no log
-	}
-	named, err := os.Stat(path)
-	if err != nil || !os.SameFile(onErr, named) {
-		return slog.New(slog.NewTextHandler(os.Stderr, nil)), func() {}, nil
-	}
-	l, err := hold.OpenLog(path, hold.MaxLogBytes)
-	if err != nil {
-		return nil, nil, fmt.Errorf("data process: %w", err)
-	}
-	return slog.New(slog.NewTextHandler(l, nil)), func() { l.Close() }, nil
 }
 
 // Process is a data process's state. It implements client.Service; all methods may be called concurrently.

@@ -29,7 +29,7 @@ type Config struct {
 	// HoldArgs and DataArgs follow Binary to run the holder and the data process in the foreground. Defaults: hold (data) --run-dir RunDir. The
 	// holder is started through an intermediate that gets DetachFlag as well.
 	HoldArgs, DataArgs []string
-	// Log gets what happened. Default: nothing.
+	// Log gets what happened. Default: in Run standard error, bounded if that is HoldLog; elsewhere nothing.
 	Log *slog.Logger
 }
 

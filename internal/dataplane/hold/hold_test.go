@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -25,7 +24,6 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 {
 		cfg := Config{RunDir: os.Args[2], HoldArgs: []string{"hold", os.Args[2], os.Args[3]}, DataArgs: []string{os.Args[3], os.Args[2], os.Args[3]}}
-		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 		switch os.Args[1] {
 		case "hold":
 			os.Exit(exit(holdMain(cfg, os.Args[len(os.Args)-1] == DetachFlag)))
@@ -585,6 +583,9 @@ func TestDataComesBack(t *testing.T) {
 			t.Error("it is another socket: who waited in the first waits for ever")
 		}
 		pid = next
+	}
+	if text, err := os.ReadFile(cfg.HoldLog()); err != nil || !strings.Contains(string(text), "holder ready") {
+		t.Errorf("the holder's log: %s, %v", text, err)
 	}
 	st, err := k.Status(t.Context())
 	if err != nil || st.Data.Starts != 4 || st.Data.PID != pid || !st.Data.Running || !strings.Contains(st.Data.LastExit, "signal 9") {

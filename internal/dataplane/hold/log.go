@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"sync"
 )
@@ -32,6 +33,24 @@ func OpenLog(path string, maxBytes int64) (*Log, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// Logger returns a log on standard error; on a Log if that is the file at path, as it is in a process that a holder, or an intermediate, started. The caller calls end
+// when it is done.
+func Logger(path string) (log *slog.Logger, end func(), err error) {
+	stderr, err := os.Stderr.Stat()
+	if err != nil {
+		return slog.New(slog.DiscardHandler), func() {}, nil //nolint:nilerr // without standard error there is no log
+	}
+	named, err := os.Stat(path)
+	if err != nil || !os.SameFile(stderr, named) {
+		return slog.New(slog.NewTextHandler(os.Stderr, nil)), func() {}, nil
+	}
+	l, err := OpenLog(path, MaxLogBytes)
+	if err != nil {
+		return nil, nil, err
+	}
+	return slog.New(slog.NewTextHandler(l, nil)), func() { l.Close() }, nil
 }
 
 // Write appends p, after making room if the file would grow beyond its bound.

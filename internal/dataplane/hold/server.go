@@ -35,9 +35,18 @@ type Status struct {
 // Run is the holder: it keeps descriptors and the data process until a client says STOP or ctx ends, and then returns nil. It leaves the data
 // process running. ErrRunning if another holder has this run directory.
 func Run(ctx context.Context, cfg Config) error {
+	named := cfg.Log != nil
 	cfg, err := cfg.check()
 	if err != nil {
 		return err
+	}
+	if !named {
+		log, end, err := Logger(cfg.HoldLog())
+		if err != nil {
+			return fmt.Errorf("holder: %w", err)
+		}
+		defer end()
+		cfg.Log = log
 	}
 	lock, err := lockFile(cfg.holdLock(), fmt.Sprintf("holder, pid %d", os.Getpid()))
 	if err != nil {
