@@ -2,7 +2,6 @@ package layer
 
 import (
 	"context"
-	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -68,7 +67,7 @@ func (c *crasher) fork(w *world, mem *disk.Mem, at instant) *world {
 	defer w.mu.Unlock()
 	f := &world{
 		t: w.t, mem: mem, rand: rand.New(rand.NewPCG(c.rand.Uint64(), 1)), boot: w.boot, lim: w.lim, depth: w.depth + 1, hist: slices.Clone(w.hist),
-		chain: slices.Clone(w.chain), base: w.base, removed: maps.Clone(w.removed), snaps: slices.Clone(w.snaps), files: w.files,
+		chain: slices.Clone(w.chain), base: w.base, snaps: slices.Clone(w.snaps), files: w.files,
 		nextID: w.nextID + 1000000*uint64(w.depth+1), model: map[int64]*unitModel{}, full: w.full,
 	}
 	for u, m := range w.model {

@@ -107,13 +107,12 @@ type world struct {
 	depth int // crashes that led here
 	hist  []string
 
-	stack   *Stack
-	chain   []string // head first
-	base    string
-	removed map[string]bool
-	snaps   []snapshot
-	files   int
-	nextID  uint64
+	stack  *Stack
+	chain  []string // head first
+	base   string
+	snaps  []snapshot
+	files  int
+	nextID uint64
 
 	mu    sync.Mutex // guards model, for histories with several writers
 	model map[int64]*unitModel
@@ -168,7 +167,7 @@ func (w *world) note(format string, args ...any) {
 func newWorld(t testing.TB, seed uint64, mo disk.MemOptions, lim limits) *world {
 	w := &world{
 		t: t, mem: disk.NewMem(mo), rand: rand.New(rand.NewPCG(seed, 7)), boot: 1, lim: lim, nextID: 1,
-		removed: map[string]bool{}, model: map[int64]*unitModel{},
+		model: map[int64]*unitModel{},
 	}
 	m := testMeta()
 	m.Kind, m.State, m.Image = KindImage, StateBuilding, &Image{Name: "golden", ID: "i1"}
@@ -421,8 +420,7 @@ func (w *world) prune() error {
 		return nil
 	}
 	l := w.stack.Layers()[1]
-	if !w.removed[w.chain[1]] {
-		w.removed[w.chain[1]] = true
+	if !l.Meta().Snapshot.Removed { // the header knows: a crash may have lost that it was said
 		w.forget(w.chain[1])
 		if err := l.SetMeta(func(m *Meta) { m.Snapshot.Removed = true }); err != nil {
 			return err
@@ -459,7 +457,6 @@ func (w *world) merge() error {
 	w.must(w.stack.ReplaceMerged(upper, lower, merged), "replace merged")
 	w.must(merged.Close(), "close")
 	old := []string{w.chain[i], w.chain[i+1]}
-	w.removed[name] = w.removed[old[0]]
 	swap := func(chain []string) []string {
 		at := slices.Index(chain, old[0])
 		if at < 0 {
