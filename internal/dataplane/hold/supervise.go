@@ -22,7 +22,7 @@ import (
 //	   └──────────────────────────────────────────────────────────┘
 const (
 	// young is the life below which a death counts as one of a row.
-	young = 5 * time.Second
+	young = 2 * time.Second
 	// freeDeaths young deaths in a row are answered at once: somebody who kills it three times gets it back three times without a pause.
 	freeDeaths = 3
 	firstDelay = 100 * time.Millisecond
