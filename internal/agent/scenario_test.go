@@ -474,14 +474,17 @@ func TestRunningIsRecordedFirst(t *testing.T) {
 	run(t, func(w *world) {
 		w.attached("a")
 		var id string
+		known := make(chan struct{}) // closed when id is
 		var states []string
 		w.host.fault = func(_ context.Context, verb string, early bool) error {
 			if verb == "operate" && early {
+				<-known
 				states = append(states, w.operation("a", id).State)
 			}
 			return nil
 		}
 		id = w.operate("a", catalog.Operation{Verb: catalog.VerbSnapshot, Snapshot: "s"})
+		close(known)
 		w.settle(0)
 		w.want("running, then done", slices.Equal(states, []string{catalog.OperationRunning}) && w.operation("a", id).State == catalog.OperationDone, states)
 	})
