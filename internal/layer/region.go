@@ -250,10 +250,11 @@ func (r *region) recoloured(first, n int, s source) *region {
 
 // settled returns the region with the units of slot that are in U with the given interval taken out of U; itself if there are none.
 func (r *region) settled(slot, interval int) *region {
-	n := int(r.header >> 8)
-	colours := r.words(1 + n)[1:]
+	var colours []uint16
 	if r.flat() {
 		colours, _, _ = r.flatParts()
+	} else {
+		colours = r.words(1 + int(r.header>>8))[1:]
 	}
 	found := false
 	for _, c := range colours {
