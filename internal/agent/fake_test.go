@@ -126,7 +126,10 @@ func (h *host) disk(id string) *fakeDisk {
 
 // verb does what a verb does, under the lock, with faults on both sides of it.
 func (p *process) verb(ctx context.Context, name string, fn func() error) error {
-	if f := p.h.fault; f != nil {
+	p.h.mu.Lock()
+	f := p.h.fault
+	p.h.mu.Unlock()
+	if f != nil {
 		if err := f(ctx, name, true); err != nil {
 			return err
 		}
@@ -142,10 +145,17 @@ func (p *process) verb(ctx context.Context, name string, fn func() error) error 
 	}
 	p.touch()
 	p.h.mu.Unlock()
-	if f := p.h.fault; f != nil && err == nil {
+	if f != nil && err == nil {
 		return f(ctx, name, false)
 	}
 	return err
+}
+
+// setFault changes fault while the process lives.
+func (h *host) setFault(f func(ctx context.Context, verb string, early bool) error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.fault = f
 }
 
 // touch is called with the host's lock held.

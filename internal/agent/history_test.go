@@ -123,9 +123,10 @@ type history struct {
 // TestRandomHistory: whatever is asked for, and whoever is killed at whatever point, in the end everything is as wanted, and on the way nothing was destroyed that
 // should not be, nothing was done twice, and what no record names was left alone.
 func TestRandomHistory(t *testing.T) {
-	runs, steps := 12, 60
+	const steps = 60
+	runs := 12
 	if s, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil {
-		steps = s
+		runs = max(runs, s/steps)
 	}
 	first := rand.Uint64()
 	if s, err := strconv.ParseUint(os.Getenv("ASHLAR_SEED"), 10, 64); err == nil {

@@ -107,12 +107,12 @@ func TestSlowNeighbour(t *testing.T) {
 		release := make(chan struct{})
 		var hang atomic.Bool
 		hang.Store(true)
-		w.host.fault = func(ctx context.Context, verb string, early bool) error {
+		w.host.setFault(func(ctx context.Context, verb string, early bool) error {
 			if verb == "open-volume" && early && hang.CompareAndSwap(true, false) {
 				<-release
 			}
 			return nil
-		}
+		})
 		w.createImage("big", "slow")
 		w.createVolume("stuck", "")
 		w.attach("stuck", catalog.Ticket{})
@@ -471,21 +471,26 @@ func TestLedger(t *testing.T) {
 
 // TestRunningIsRecordedFirst: an operation is on record as running before it does anything.
 func TestRunningIsRecordedFirst(t *testing.T) {
-	run(t, func(w *world) {
-		w.attached("a")
-		var id string
-		known := make(chan struct{}) // closed when id is
-		var states []string
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.end()
+		states := make(chan string, 9)
 		w.host.fault = func(_ context.Context, verb string, early bool) error {
 			if verb == "operate" && early {
-				<-known
-				states = append(states, w.operation("a", id).State)
+				ops, _, _ := catalog.All[catalog.Operation](context.Background(), w.mem, catalog.KindOperation, catalog.Wanted)
+				states <- ops[0].Value.State
 			}
 			return nil
 		}
-		id = w.operate("a", catalog.Operation{Verb: catalog.VerbSnapshot, Snapshot: "s"})
-		close(known)
+		w.start()
+		w.attached("a")
+		id := w.operate("a", catalog.Operation{Verb: catalog.VerbSnapshot, Snapshot: "s"})
 		w.settle(0)
-		w.want("running, then done", slices.Equal(states, []string{catalog.OperationRunning}) && w.operation("a", id).State == catalog.OperationDone, states)
+		close(states)
+		var got []string
+		for s := range states {
+			got = append(got, s)
+		}
+		w.want("running, then done", slices.Equal(got, []string{catalog.OperationRunning}) && w.operation("a", id).State == catalog.OperationDone, got)
 	})
 }
