@@ -1,7 +1,7 @@
 // Command testrun runs every test there is, in stages, and ends with one line that counts them: "N passed, N failed, N skipped". It is what `make
 // test` and continuous integration call.
 //
-// The stages: lint (gofmt, vet, staticcheck, govulncheck), unit (every package with the race detector and more random steps), integration (real
+// The stages: lint (gofmt, vet, staticcheck, govulncheck), unit (every package with the race detector), steps (the random histories again, longer), integration (real
 // clients, real processes, root), fuzz (every fuzz target for a while), mutants (breakages that must turn tests red). `-stages a,b` picks some.
 package main
 
@@ -51,7 +51,7 @@ type stage struct {
 }
 
 func main() {
-	pick := flag.String("stages", "lint,unit,integration,fuzz,mutants", "which stages to run")
+	pick := flag.String("stages", "lint,unit,steps,integration,fuzz,mutants", "which stages to run")
 	ashlar := flag.String("ashlar", "bin/ashlar", "the built program, for the integration tests")
 	fuzzFor := flag.Duration("fuzz", 8*time.Second, "how long each fuzz target runs")
 	flag.Parse()
@@ -63,7 +63,11 @@ func main() {
 	stages := []stage{
 		{"lint", lint},
 		{"unit", func(ctx context.Context, t *tally) {
-			goTest(ctx, t, []string{"ASHLAR_STEPS=5"}, "-race", "-timeout", "15m", "./...")
+			goTest(ctx, t, nil, "-race", "-timeout", "15m", "./...")
+		}},
+		{"steps", func(ctx context.Context, t *tally) {
+			goTest(ctx, t, []string{"ASHLAR_STEPS=3"}, "-timeout", "15m", "-run", "Crash|Model|Simulation|History|Histories|Concurrent",
+				"./internal/layer", "./internal/volume", "./internal/replica/local", "./internal/disk", "./internal/agent")
 		}},
 		{"integration", func(ctx context.Context, t *tally) { integration(ctx, t, abs) }},
 		{"fuzz", func(ctx context.Context, t *tally) { fuzz(ctx, t, *fuzzFor) }},

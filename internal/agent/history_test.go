@@ -126,7 +126,7 @@ func TestRandomHistory(t *testing.T) {
 	const steps = 60
 	runs := 12
 	if s, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil {
-		runs = max(runs, s/steps)
+		runs *= max(1, s)
 	}
 	first := rand.Uint64()
 	if s, err := strconv.ParseUint(os.Getenv("ASHLAR_SEED"), 10, 64); err == nil {

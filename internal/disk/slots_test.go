@@ -12,7 +12,7 @@ import (
 	"ashlar/internal/disk"
 )
 
-// steps is how often a random loop runs: ASHLAR_STEPS, or n.
+// steps is how often a random loop runs: n times, or ASHLAR_STEPS times as often.
 func steps(t testing.TB, n int) int {
 	t.Helper()
 	if s := os.Getenv("ASHLAR_STEPS"); s != "" {
@@ -20,7 +20,7 @@ func steps(t testing.TB, n int) int {
 		if err != nil {
 			t.Fatalf("ASHLAR_STEPS: %v", err)
 		}
-		return max(n, more)
+		return n * max(1, more)
 	}
 	return n
 }

@@ -33,7 +33,7 @@ func eachWay(t *testing.T, e func() Export, f func(t *testing.T, s *testServer, 
 
 func steps(fallback int) int {
 	if n, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil && n > 0 {
-		return n
+		return fallback * n
 	}
 	return fallback
 }

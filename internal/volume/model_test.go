@@ -30,14 +30,14 @@ const sector = 512
 // maxModelBytes bounds how far the model's volume grows.
 const maxModelBytes = 3 * mib
 
-// seeds returns which seeds to run, each with how many steps: a few by default, more with ASHLAR_STEPS, one with ASHLAR_SEED.
+// seeds returns which seeds to run, each with how many steps: a few by default, ASHLAR_STEPS times as many, one with ASHLAR_SEED.
 func seeds(t testing.TB, quick, steps int) []uint64 {
 	if s, err := strconv.ParseUint(os.Getenv("ASHLAR_SEED"), 10, 64); err == nil {
 		return []uint64{s}
 	}
 	n := quick
 	if want, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil && want > 0 {
-		n = max(quick, want/steps)
+		n = quick * want
 	}
 	var list []uint64
 	for i := range n {
