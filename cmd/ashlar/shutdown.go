@@ -1,8 +1,12 @@
 package main
 
 import (
+	"context"
+	"time"
+
 	"github.com/spf13/cobra"
 
+	"ashlar/internal/api"
 	"ashlar/internal/api/client"
 )
 
@@ -22,10 +26,38 @@ notice, stop that process instead.`,
 				if err := c.Shutdown(cmd.Context(), about.Node, o); err != nil {
 					return err
 				}
-				return a.print(about, func() { a.say("node %s: shutting down", about.Node) })
+				if !a.waiting() {
+					return a.print(about, func() { a.say("node %s: shutting down", about.Node) })
+				}
+				short, cancel := a.bounded(cmd.Context())
+				defer cancel()
+				if err := waitSilent(short, c); err != nil {
+					return stillGoing(err, "node %s is still shutting down", about.Node)
+				}
+				return a.print(about, func() { a.say("node %s: shut down", about.Node) })
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&o.Force, "force", false, "also while volumes are attached: their guests get I/O errors until the node is back")
-	return cmd
+	return a.waits(cmd, 2*time.Minute)
+}
+
+// waitSilent waits until a node answers no more, which is the last thing of its end.
+func waitSilent(ctx context.Context, c *client.Client) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := c.About(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if api.CodeOf(err) == api.CodeUnreachable {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
 }
