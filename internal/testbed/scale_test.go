@@ -196,7 +196,7 @@ func redialed(b *bed, c **client) *client {
 func TestFullDisk(t *testing.T) {
 	dir := scratch(t)
 	disk := filepath.Join(dir, "data", "disks", "default")
-	mountSmall(t, dir, disk, "256M")
+	mountNew(t, dir, disk, "256M", "mkfs.ext4", "-q", "-m", "0", "-F")
 	b := startIn(t, dir)
 	b.cli("volume", "create", "keep", "--size", "64Mi")
 	b.cli("volume", "create", "fill", "--size", "1Gi")
@@ -302,7 +302,7 @@ func TestFullDisk(t *testing.T) {
 // out of it.
 func TestFullMachine(t *testing.T) {
 	dir := scratch(t)
-	mountSmall(t, dir, filepath.Join(dir, "data"), "512M")
+	mountNew(t, dir, filepath.Join(dir, "data"), "512M", "mkfs.ext4", "-q", "-m", "0", "-F")
 	b := startIn(t, dir)
 	b.cli("volume", "create", "victim", "--size", "64Mi")
 	b.cli("volume", "create", "fill", "--size", "1Gi")
@@ -325,23 +325,6 @@ func TestFullMachine(t *testing.T) {
 	b.restartServe("fill")
 	b.clean("fill")
 	b.cli("volume", "delete", "fill")
-}
-
-// mountSmall mounts a new ext4 of a size on a directory until the test ends.
-func mountSmall(t *testing.T, dir, at, size string) {
-	t.Helper()
-	b := &bed{T: t, ctx: t.Context(), dir: dir}
-	b.tool("mkfs.ext4", "-q", "-m", "0", "-F", b.path("small.img"), size)
-	if err := os.MkdirAll(at, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	b.tool("mount", "-o", "loop", b.path("small.img"), at)
-	t.Cleanup(func() {
-		if err := syscall.Unmount(at, 0); err != nil {
-			syscall.Unmount(at, syscall.MNT_DETACH)
-			t.Errorf("unmount %s: %v", at, err)
-		}
-	})
 }
 
 // pattern is what fill writes at an offset.
