@@ -31,7 +31,7 @@ func (a *app) imageImport() *cobra.Command {
 
 The import goes on when this command is interrupted or its node's serve is restarted; "ashlar image show NAME" tells how far it is.
 A FILE is read by the node, on the node, and can be named only over its unix socket.`,
-		Example: `  ashlar image import debian https://cloud.debian.org/…/debian-12-generic-amd64.qcow2 --checksum sha512:1c4c…
+		Example: `  ashlar image import debian https://example.org/debian-12-generic-amd64.qcow2 --checksum sha512:1c4c…
   ashlar image import win /srv/images/win.raw`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
