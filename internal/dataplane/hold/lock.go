@@ -53,7 +53,7 @@ func flock(f *os.File, how int) error {
 }
 
 // lockPatience is how long a data process waits for a lock that a holder may be trying at that moment.
-const lockPatience = time.Second
+const lockPatience = 300 * time.Millisecond
 
 // LockData takes a data process's locks: data/VERSION.lock, and data/run.lock, which every data process of the run directory shares the name of: while it is
 // held, no holder starts another. The caller keeps what it returns open for as long as it lives. ErrRunning, naming the other, if a data process has one of them.
