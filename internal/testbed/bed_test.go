@@ -93,6 +93,9 @@ func scratch(t *testing.T) string {
 		if t.Failed() {
 			for _, log := range []string{"serve.log", "run/data.log", "run/hold.log"} {
 				t.Logf("%s:\n%s", log, tail(filepath.Join(dir, log), 4000))
+				if died := death(filepath.Join(dir, log)); died != "" {
+					t.Logf("%s: what ended a process:\n%s", log, died)
+				}
 			}
 		}
 		if err := os.RemoveAll(dir); err != nil {
@@ -129,6 +132,20 @@ func (b *bed) sub(name string, f func(b *bed)) {
 		c.T = t
 		f(&c)
 	})
+}
+
+// death is the beginning of what Go says when a program dies, or of a data race.
+func death(path string) string {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	for _, mark := range []string{"fatal error: ", "panic: ", "WARNING: DATA RACE", "SIGSEGV", "SIGBUS", "checkptr:"} {
+		if at := bytes.Index(text, []byte(mark)); at >= 0 {
+			return string(text[at:min(len(text), at+4000)])
+		}
+	}
+	return ""
 }
 
 func tail(path string, n int) string {
