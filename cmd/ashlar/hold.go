@@ -1,7 +1,6 @@
 package main
 
 import (
-	"log/slog"
 
 	"github.com/spf13/cobra"
 
@@ -14,7 +13,7 @@ func (a *app) holdCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "hold", Short: "Run the holder (serve starts it)", Hidden: true, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg := hold.Config{RunDir: a.runDir, Log: slog.New(slog.NewTextHandler(a.err, nil))}
+			cfg := hold.Config{RunDir: a.runDir} // it keeps a log of bounded size itself
 			if detach {
 				return hold.Detach(cmd.Context(), cfg)
 			}

@@ -37,14 +37,6 @@ func (p *picture) put(k catalog.Key, value any) *picture {
 	return p
 }
 
-func (p *picture) drop(k catalog.Key) *picture {
-	p.rev++
-	if err := p.v.Apply(catalog.Event{Entry: catalog.Entry{Key: k, Rev: p.rev}}); err != nil {
-		p.t.Fatal(err)
-	}
-	return p
-}
-
 // node puts a ready node with one disk of 100 GiB, half of it free.
 func (p *picture) node(name string, change ...func(*catalog.NodeWanted, *catalog.NodeObserved)) *picture {
 	w := catalog.NodeWanted{Name: name, AllowScheduling: true, Disks: map[string]catalog.DiskWanted{"d": {Path: "/" + name, AllowScheduling: true}}}
