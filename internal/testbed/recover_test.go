@@ -17,7 +17,7 @@ func (b *bed) recover() {
 		b.Fatal(err)
 	}
 	start := time.Now()
-	b.Logf("%s", b.cli("recover", "--data-dir", b.p.DataDir, "--name", "node1", b.disk()))
+	b.Logf("%s", b.cli("recover", "--data-dir", b.p.DataDir, b.disk()))
 	b.Logf("recovered in %d ms", time.Since(start).Milliseconds())
 	if err := b.p.StartServe(b.ctx); err != nil {
 		b.Fatal(err)
@@ -55,7 +55,7 @@ func TestLostCatalogue(t *testing.T) {
 		t.Errorf("status without a catalogue: %+v", s)
 	}
 	t.Logf("status after the loss:\n%s", b.cli("status"))
-	b.refused(exitConflict, []string{b.p.DataDir}, "recover", "--data-dir", b.p.DataDir, "--name", "node1", b.disk())
+	b.refused(exitConflict, []string{b.p.DataDir}, "recover", "--data-dir", b.p.DataDir, b.disk())
 	if n := len(b.files()); n != files {
 		t.Errorf("%d files on the disk, %d before the catalogue was lost", n, files)
 	}
