@@ -32,7 +32,7 @@ nothing more. What only the catalogue knew (labels, settings) is gone.`,
 				}
 			}
 			cfg.Log = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn}))
-			rep, err := node.Recover(cmd.Context(), cfg, args)
+			rep, err := node.Recover(cmd.Context(), cfg, args, hostname())
 			if err != nil {
 				return err
 			}
@@ -49,12 +49,12 @@ nothing more. What only the catalogue knew (labels, settings) is gone.`,
 				if len(rows) > 1 {
 					a.table(rows)
 				}
-				a.say("recovered %d volumes and %d images; %d records were up to date. Start `ashlar serve` now.", len(rep.Volumes), len(rep.Images), rep.Unchanged)
+				a.say("node %s: recovered %d volumes and %d images; %d records were up to date. Start `ashlar serve` now.", rep.Node, len(rep.Volumes), len(rep.Images), rep.Unchanged)
 			})
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&cfg.DataDir, "data-dir", a.env("ASHLAR_DATA_DIR", "/var/lib/ashlar"), "directory of the catalogue and the first disk (ASHLAR_DATA_DIR)")
-	flags.StringVar(&cfg.Name, "name", a.env("ASHLAR_NAME", hostname()), "the node's name (ASHLAR_NAME)")
+	flags.StringVar(&cfg.Name, "name", a.env("ASHLAR_NAME", ""), "the node's name (ASHLAR_NAME); default: as the disks' records have it, else the host's")
 	return cmd
 }

@@ -24,6 +24,7 @@ var ErrOtherCluster = errors.New("the disks belong to another cluster than the c
 // RecoverConfig says what to recover from, and into what.
 type RecoverConfig struct {
 	Node    string
+	Guessed bool // nobody said Node: the name that the records have, if they agree on one, counts more
 	Catalog catalog.Catalog
 	Service client.Service // the data process
 	Disks   []RecoverDisk
@@ -39,12 +40,13 @@ type RecoverDisk struct {
 
 // Recovered says what Recover did, for people.
 type Recovered struct {
-	Cluster   string
-	Volumes   []string // recovered, by name
-	Images    []string
-	Advanced  []string // volumes whose membership record was older than their replicas
-	Unchanged int      // what the catalogue knew already
-	Conflicts []string // what was left as it is, or renamed, and why
+	Cluster   string   `json:"cluster"`
+	Node      string   `json:"node"`    // whose disks they are
+	Volumes   []string `json:"volumes"` // recovered, by name
+	Images    []string `json:"images"`
+	Advanced  []string `json:"advanced"`  // volumes whose membership record was older than their replicas
+	Unchanged int      `json:"unchanged"` // what the catalogue knew already
+	Conflicts []string `json:"conflicts"` // what was left as it is, or renamed, and why
 }
 
 // Recover rebuilds the records of a lost catalogue from what lies on disks, or brings an old one up to what the disks prove; it never replaces a record by an
@@ -80,7 +82,7 @@ func Recover(ctx context.Context, cfg RecoverConfig) (Recovered, error) {
 		return Recovered{}, fmt.Errorf("recover: %w", err)
 	}
 	disks := slices.DeleteFunc(st.Disks, func(d client.DiskStatus) bool { return !slices.Contains(paths, d.Path) })
-	writes, done, err := planRecovery(recovery{node: cfg.Node, now: cfg.Now().UTC(), view: view, disks: disks, open: st.Volumes, named: cfg.Disks})
+	writes, done, err := planRecovery(recovery{node: cfg.Node, guessed: cfg.Guessed, now: cfg.Now().UTC(), view: view, disks: disks, open: st.Volumes, named: cfg.Disks})
 	if err != nil {
 		return done, fmt.Errorf("recover: %w", err)
 	}
@@ -114,12 +116,13 @@ func readView(ctx context.Context, c catalog.Catalog) (*plan.View, error) {
 
 // recovery is the picture that planRecovery decides from.
 type recovery struct {
-	node  string
-	now   time.Time
-	view  *plan.View
-	disks []client.DiskStatus
-	open  []client.VolumeStatus
-	named []RecoverDisk
+	node    string
+	guessed bool
+	now     time.Time
+	view    *plan.View
+	disks   []client.DiskStatus
+	open    []client.VolumeStatus
+	named   []RecoverDisk
 
 	writes []plan.Write
 	done   Recovered
@@ -138,6 +141,7 @@ func planRecovery(r recovery) ([]plan.Write, Recovered, error) {
 	if err := r.cluster(); err != nil {
 		return nil, r.done, err
 	}
+	r.nodeName()
 	r.nodeRecord()
 	r.images()
 	r.volumes()
@@ -171,6 +175,33 @@ func (r *recovery) cluster() error {
 	}
 	r.write(catalog.ClusterKey(), catalog.Cluster{ID: r.done.Cluster, Format: catalog.Format, Created: r.now}, have.Rev)
 	return nil
+}
+
+// nodeName finds out what the node is called, if nobody said it: volumes that were recovered for a name that no node has could never be used.
+func (r *recovery) nodeName() {
+	names := map[string]bool{}
+	for name, n := range r.view.Nodes {
+		if n.Wanted.Is() {
+			names[name] = true
+		}
+	}
+	for _, d := range r.disks {
+		for _, f := range d.Replicas {
+			var rec catalog.Membership
+			if json.Unmarshal(f.Record, &rec) != nil {
+				continue
+			}
+			for _, m := range rec.Members {
+				if m.ReplicaID == f.ReplicaID {
+					names[m.Node] = true
+				}
+			}
+		}
+	}
+	if r.guessed && len(names) == 1 && !names[""] {
+		r.node = slices.Collect(maps.Keys(names))[0]
+	}
+	r.done.Node = r.node
 }
 
 // nodeRecord sees to it that the disks are wanted on this node.

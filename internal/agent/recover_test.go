@@ -120,6 +120,31 @@ func TestLostAndNotNoticed(t *testing.T) {
 	})
 }
 
+// TestRecoverGuessesTheName: without a name the node is called what the records on its disks call it; a name that was given counts, and so does a guess
+// when there are no records.
+func TestRecoverGuessesTheName(t *testing.T) {
+	bubble(t, func(w *world) {
+		lived(w)
+		cluster := w.clusterID()
+		for _, tc := range []struct {
+			name    string
+			guessed bool
+			want    string
+		}{{"host", true, node}, {"host", false, "host"}, {node, false, node}} {
+			w.lose()
+			s, err := w.host.ensure(context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := agent.Recover(context.Background(), agent.RecoverConfig{
+				Node: tc.name, Guessed: tc.guessed, Catalog: w.mem, Service: s, Disks: []agent.RecoverDisk{{Name: "default", Path: "/disks/default", ClusterID: cluster}},
+			})
+			v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "a"))
+			w.want("named", err == nil && r.Node == tc.want && v.Replicas[0].Node == tc.want, tc, r, err, v)
+		}
+	})
+}
+
 // TestRecoverOld: a catalogue restored from a backup gets the newer membership records and the volumes it does not know; what it knows better stays.
 func TestRecoverOld(t *testing.T) {
 	bubble(t, func(w *world) {

@@ -16,8 +16,12 @@ import (
 
 // Recover rebuilds the catalogue of a node from the layers on its disks, or brings an old one up to what they prove; agent.Recover says how. `ashlar
 // serve` must not run on the data directory (ErrInUse); the data process may, with guests on it, and is left as it was found. disks are
-// directories; the node's first disk is called default again.
-func Recover(ctx context.Context, cfg Config, disks []string) (rep agent.Recovered, err error) {
+// directories; the node's first disk is called default again. Without a Name the node is called what the records on the disks call it, else otherwise.
+func Recover(ctx context.Context, cfg Config, disks []string, otherwise string) (rep agent.Recovered, err error) {
+	guessed := cfg.Name == ""
+	if guessed {
+		cfg.Name = otherwise
+	}
 	if err := cfg.check(); err != nil {
 		return rep, err
 	}
@@ -47,7 +51,7 @@ func Recover(ctx context.Context, cfg Config, disks []string) (rep agent.Recover
 	if err != nil {
 		return rep, err
 	}
-	rep, err = agent.Recover(ctx, agent.RecoverConfig{Node: cfg.Name, Catalog: cat, Service: data, Disks: from})
+	rep, err = agent.Recover(ctx, agent.RecoverConfig{Node: cfg.Name, Guessed: guessed, Catalog: cat, Service: data, Disks: from})
 	if missing != nil { // it was started for this only
 		err = errors.Join(err, data.Shutdown(context.WithoutCancel(ctx), client.Shutdown{Holder: true}))
 	}
