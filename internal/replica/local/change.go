@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"time"
 
 	"ashlar/internal/block"
 	"ashlar/internal/disk"
@@ -77,10 +78,18 @@ func (r *Replica) layer(id replica.LayerID) *layer.Layer {
 
 // Prepare implements replica.Replica.
 func (c *Conn) Prepare(ctx context.Context, w replica.Writer, ch replica.Change) error {
-	return c.verb(ctx, w, "prepare "+ch.Verb, func(ctx context.Context) error { return c.prepare(ctx, w, ch) })
+	return c.verb(ctx, w, "prepare "+ch.Verb, func(ctx context.Context) error {
+		if err := c.prepare(ctx, w, ch); err != nil {
+			return err
+		}
+		if ch.Verb != replica.VerbSnapshot && ch.Verb != replica.VerbExpand || c.r.isDone(ch) {
+			return nil
+		}
+		return c.r.flushAhead(ctx)
+	})
 }
 
-// prepare makes everything ready that can be while writes go on: the intent is recorded, the new layer's file is durable, and most of the head is flushed.
+// prepare records the intent and makes the new layer's file, durably.
 func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change) error {
 	r := c.r
 	done, err := r.intend(c, w, ch)
@@ -99,16 +108,25 @@ func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change)
 		r.prepared = l
 		r.mu.Unlock()
 	}
-	if ch.Verb != replica.VerbSnapshot && ch.Verb != replica.VerbExpand {
-		return nil
-	}
-	if err := r.stack.FlushAhead(ctx); err != nil {
-		if errors.Is(err, block.ErrFailed) {
-			return r.fail(err)
-		}
-		return err
-	}
 	return nil
+}
+
+// flushAhead leaves as little as possible to the flush of the instant: each round only has what was written during the one before. If guests write as fast as the disk
+// takes it, that would never become less; so they are slowed down for the last rounds.
+func (r *Replica) flushAhead(ctx context.Context) error {
+	const rounds, short = 6, 2 * time.Millisecond
+	defer r.brake.Store(false)
+	err := r.stack.FlushAhead(ctx)
+	for i, took := 0, 2*short; err == nil && ctx.Err() == nil && i < rounds && took > short; i++ {
+		r.brake.Store(i > 0)
+		start := time.Now()
+		err = r.stack.Flush()
+		took = time.Since(start)
+	}
+	if errors.Is(err, block.ErrFailed) {
+		return r.fail(err)
+	}
+	return err
 }
 
 // intend records ch as the intent, in the place of any other, and returns whether ch has been carried out already.

@@ -78,6 +78,11 @@ func Look(fsys disk.FS, dir string) Found {
 			f.Unknown = append(f.Unknown, name)
 		}
 	}
+	for _, h := range heads {
+		if err == nil && !st.has(h.id()) && !slices.Contains(st.Dropped, h.id()) && (st.Change == nil || newLayer(*st.Change) != h.id()) {
+			f.Unknown = append(f.Unknown, string(h.id())+layerSuffix)
+		}
+	}
 	slices.Sort(f.Unknown)
 	if err != nil {
 		return f

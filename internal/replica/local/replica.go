@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"ashlar/internal/block"
@@ -49,6 +50,8 @@ type Replica struct {
 	cancel context.CancelFunc
 	bg     sync.WaitGroup
 	wake   chan struct{} // capacity 1: there may be something to settle
+
+	brake atomic.Bool // writes are slowed down: a snapshot is about to be made
 
 	mu       sync.Mutex // guards what follows. Not held while I/O of guests is waited for
 	st       state

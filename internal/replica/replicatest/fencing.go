@@ -43,10 +43,14 @@ func checkFenceOrder(g *rig) {
 		g.must(g.r.Confirm(g.ctx, w), "confirm")
 		g.w = w
 	}
+	other := g.cp.Connect(g)
 	for _, w := range []replica.Writer{{Epoch: 6, Session: 0}, {Epoch: 5, Session: 9}, {Epoch: 1, Session: 1}, {}} {
 		g.want(g.r.Fence(g.ctx, w), block.ErrFenced, "fence with an older writer")
 		g.want(g.r.Confirm(g.ctx, w), block.ErrFenced, "confirm of an older writer")
+		g.want(other.Fence(g.ctx, w), block.ErrFenced, "fence of another connection with an older writer")
+		g.fill(2, 0, 1) // and nothing happened to this one
 	}
+	g.must(other.Close(), "close")
 	g.want(g.r.Confirm(g.ctx, replica.Writer{Epoch: 7, Session: 1}), block.ErrFenced, "confirm of a writer that was never let in")
 	g.fill(1, 0, 1)
 	if got := g.status().Writer; got != g.w {
