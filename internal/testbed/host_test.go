@@ -45,6 +45,11 @@ func (b *bed) furniture(attached ...string) {
 				return false
 			}
 		}
+		for _, v := range []string{"one", "two", "three", "bare"} { // a node that has just started may not have looked at all of them
+			if state := b.volume(v).State; state != "attached" && state != "detached" {
+				return false
+			}
+		}
 		return true
 	})
 	b.contentsOfFurniture()
