@@ -15,7 +15,7 @@ func (v *Volume) Purge(ctx context.Context, progress func(doneBytes, totalBytes 
 	report := newReport(progress)
 	err := v.verb(ctx, "purge", func(layers []replica.LayerInfo) error {
 		for _, l := range layers {
-			if l.Snapshot == nil || l.Snapshot.UserCreated {
+			if l.Snapshot == nil || l.Snapshot.UserCreated || l.Snapshot.Removed {
 				continue
 			}
 			if err := v.markRemoved(ctx, l); err != nil {

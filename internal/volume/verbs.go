@@ -268,10 +268,8 @@ func (v *Volume) RemoveSnapshot(ctx context.Context, name string) error {
 	})
 }
 
+// markRemoved says it to the copies also if they show it already: that may not be durable, when whoever said it was killed.
 func (v *Volume) markRemoved(ctx context.Context, info replica.LayerInfo) error {
-	if info.Snapshot.Removed {
-		return nil
-	}
 	meta := *info.Snapshot
 	meta.Removed = true
 	for i, r := range v.copies {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"time"
 
 	"ashlar/internal/block"
@@ -406,16 +405,10 @@ func (c *Conn) SetSnapshot(ctx context.Context, w replica.Writer, id replica.Lay
 		if !r.st.has(id) || id == r.st.Head {
 			return fmt.Errorf("layer %s: %w", id, replica.ErrNoSnapshot)
 		}
-		if have := r.layers[id].Meta().Snapshot; have != nil && sameMeta(*fromLayer(*have), m) {
-			return nil
-		}
+		// Also if it says so already: that may not be durable, when whoever wrote it was killed.
 		if err := r.layers[id].SetMeta(func(to *layer.Meta) { to.Snapshot = toLayer(m) }); err != nil {
 			return fmt.Errorf("layer %s: %w", id, err)
 		}
 		return nil
 	})
-}
-
-func sameMeta(a, b replica.SnapshotMeta) bool {
-	return a.Name == b.Name && a.UserCreated == b.UserCreated && a.Removed == b.Removed && a.Created.Equal(b.Created) && maps.Equal(a.Labels, b.Labels)
 }

@@ -372,7 +372,7 @@ func (e end) String() string { return fmt.Sprintf("%s before %v, done %t", e.how
 // ends lists what a crash at this instant could leave.
 func ends(m *disk.Mem, seed uint64, op disk.Op, done bool) []end {
 	list := []end{{fsys: m.CrashClone(disk.CrashOptions{Keep: disk.KeepNone}), power: true, done: done, op: op, how: "power cut that keeps nothing"}}
-	if thorough() > 0 || op.Seq%2 == 0 || done {
+	if thorough() > 0 || op.Seq%2 == 0 || op.Kind == disk.OpSync || done {
 		list = append(list, end{fsys: m.Clone(), done: done, op: op, how: "kill -9"})
 	}
 	if thorough() > 0 || op.Seq%2 == 1 || done {
@@ -527,6 +527,34 @@ func TestCrashFence(t *testing.T) {
 		n.must(r.Close(), "close")
 	}
 	t.Logf("%d crash points", len(list))
+}
+
+// TestCrashFound: what a process that was killed had written but not synced is durable before it is confirmed to anybody.
+func TestCrashFound(t *testing.T) {
+	l := newLab(t, disk.MemOptions{})
+	newer := replica.Writer{Epoch: 7, Session: 3}
+	other := l.r.Connect()
+	list, err := crashes(l.fsys, 1, func() error { return other.Fence(l.ctx, newer) })
+	l.must(err, "fence")
+	l.close()
+	confirmed := 0
+	for _, e := range list {
+		if e.power {
+			continue
+		}
+		n := l.after(failing{t, e.String()}, e.fsys, false)
+		n.open(newer)
+		n.fsys = n.fsys.CrashClone(disk.CrashOptions{Keep: disk.KeepNone})
+		n.close()
+		found := local.Look(n.fsys, n.dir)
+		if found.Writer != newer {
+			n.Fatalf("the writer that was let in is %+v after a power cut", found.Writer)
+		}
+		confirmed++
+	}
+	if confirmed == 0 {
+		t.Error("no killed process")
+	}
 }
 
 // TestCrashCreate: a replica that was created is there, whole; one that was not can be created; either can be deleted.

@@ -124,10 +124,15 @@ func (r *Replica) openRecord() error {
 		return err
 	}
 	r.slots = disk.OpenSlots(f, 0, slotBytes)
-	payload, _, err := r.slots.Load()
+	payload, seq, err := r.slots.Load()
 	if err != nil {
 		return err
 	}
+	// It may have been written by a process that was killed before its sync; whatever is answered from here on rests on it.
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	r.slots.Synced(seq)
 	r.st, err = decodeState(payload)
 	return err
 }

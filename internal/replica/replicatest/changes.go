@@ -394,10 +394,11 @@ type model struct {
 func checkModel(g *rig) {
 	seed := g.rand.Uint64()
 	steps := g.conf.Steps
-	if n, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil && n > 0 {
-		steps = n
-	} else if steps == 0 {
+	if steps == 0 {
 		steps = 150
+	}
+	if n, err := strconv.Atoi(os.Getenv("ASHLAR_STEPS")); err == nil && n > 1 {
+		steps *= n
 	}
 	g.Logf("seed %d, %d steps", seed, steps)
 	m := &model{rig: g, now: make([]byte, size), snaps: map[replica.LayerID][]byte{}, marks: map[replica.LayerID]bool{}}

@@ -31,7 +31,7 @@ type Copy interface {
 type Config struct {
 	// New makes an empty copy, without an image, of VolumeID, with this head. What there is to clean up it gives to t.Cleanup.
 	New func(t testing.TB, head replica.LayerID, sizeBytes int64) Copy
-	// Steps is the number of random operations of the model check; 0 means 150.
+	// Steps is the number of random operations of the model check; 0 means 150. ASHLAR_STEPS in the environment does it so many times.
 	Steps int
 }
 
