@@ -557,6 +557,30 @@ func TestCrashFound(t *testing.T) {
 	}
 }
 
+// TestCrashMark: the same of what is said of a snapshot.
+func TestCrashMark(t *testing.T) {
+	l := newLab(t, disk.MemOptions{})
+	three(l)
+	list, err := crashes(l.fsys, 1, func() error { return l.mark(layerTwo) })
+	l.must(err, "mark")
+	l.close()
+	for _, e := range list {
+		if e.power {
+			continue
+		}
+		n := l.after(failing{t, e.String()}, e.fsys, false)
+		n.open(replica.Writer{Epoch: 1, Session: 2})
+		n.must(n.mark(layerTwo), "mark again")
+		n.fsys = n.fsys.CrashClone(disk.CrashOptions{Keep: disk.KeepNone})
+		n.close()
+		for _, info := range local.Look(n.fsys, n.dir).Layers {
+			if info.ID == layerTwo && !info.Snapshot.Removed {
+				n.Fatal("a mark that was answered is gone after a power cut")
+			}
+		}
+	}
+}
+
 // TestCrashCreate: a replica that was created is there, whole; one that was not can be created; either can be deleted.
 func TestCrashCreate(t *testing.T) {
 	conf := local.CreateConfig{ReplicaID: replicaID, VolumeID: replicatest.VolumeID, Volume: "db1", HeadID: firstHead, SizeBytes: crashSize, BootID: boot}
