@@ -8,7 +8,7 @@ import (
 	"ashlar/internal/block"
 )
 
-// Close stops I/O, flushes, records that nobody writes any more (the detach), and closes the copies. It is done even when it returns an error: nothing is
+// Close cancels a verb under way (it is finished or undone by whatever comes next), stops I/O, flushes, records that nobody writes any more (the detach), and closes the copies. It is done even when it returns an error: nothing is
 // served afterwards. With ErrUnreachable, or after a crash in between, the record still names this writer, which the next open takes as a writer that died.
 // Called again it does nothing.
 func (v *Volume) Close(ctx context.Context) error {

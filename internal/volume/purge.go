@@ -13,7 +13,7 @@ import (
 // progress, if not nil, is told how much of the space of removed snapshots has been dealt with; done never decreases.
 func (v *Volume) Purge(ctx context.Context, progress func(doneBytes, totalBytes int64)) error {
 	report := newReport(progress)
-	err := v.verb(ctx, "purge", func(layers []replica.LayerInfo) error {
+	err := v.verb(ctx, "purge", func(ctx context.Context, layers []replica.LayerInfo) error {
 		for _, l := range layers {
 			if l.Snapshot == nil || l.Snapshot.UserCreated || l.Snapshot.Removed {
 				continue
@@ -25,7 +25,7 @@ func (v *Volume) Purge(ctx context.Context, progress func(doneBytes, totalBytes 
 		return v.purgeCopies(ctx)
 	})
 	for more := true; more && err == nil; {
-		err = v.verb(ctx, "purge", func(layers []replica.LayerInfo) error {
+		err = v.verb(ctx, "purge", func(ctx context.Context, layers []replica.LayerInfo) error {
 			report.see(layers)
 			m, ok := nextMerge(layers)
 			if more = ok; !ok {

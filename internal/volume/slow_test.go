@@ -1,6 +1,7 @@
 package volume_test
 
 import (
+	"context"
 	"runtime"
 	"sync/atomic"
 
@@ -21,6 +22,23 @@ func (s *slowWrites) WriteAt(p []byte, off int64) (int, error) {
 		<-s.resume
 	}
 	return s.Replica.WriteAt(p, off)
+}
+
+// stuckPrepare is a copy that prepares for ever, until it is told to stop, the first time.
+type stuckPrepare struct {
+	replica.Replica
+	again   atomic.Bool
+	entered chan struct{}
+}
+
+// Prepare implements replica.Replica.
+func (s *stuckPrepare) Prepare(ctx context.Context, w replica.Writer, c replica.Change) error {
+	if s.again.Swap(true) {
+		return s.Replica.Prepare(ctx, w, c)
+	}
+	close(s.entered)
+	<-ctx.Done()
+	return context.Cause(ctx)
 }
 
 func runtimeYield() { runtime.Gosched() }

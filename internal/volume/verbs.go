@@ -21,8 +21,11 @@ import (
 // verbTries bounds how often a verb begins anew because the record moved on under it, from a swap of our own whose answer had been lost.
 const verbTries = 4
 
-// verb runs do with the token, a sure book and no change pending.
-func (v *Volume) verb(ctx context.Context, name string, do func(layers []replica.LayerInfo) error) error {
+// verb runs do with the token, a sure book and no change pending. Close cancels its context.
+func (v *Volume) verb(ctx context.Context, name string, do func(ctx context.Context, layers []replica.LayerInfo) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(v.life, cancel)()
 	if err := v.acquire(ctx); err != nil {
 		return err
 	}
@@ -35,7 +38,7 @@ func (v *Volume) verb(ctx context.Context, name string, do func(layers []replica
 		if err = v.settle(ctx); err == nil {
 			var st replica.Status
 			if st, err = v.copies[0].Status(ctx); err == nil {
-				err = do(st.Layers)
+				err = do(ctx, st.Layers)
 			}
 		}
 		if !errors.Is(err, errMoved) {
@@ -44,6 +47,9 @@ func (v *Volume) verb(ctx context.Context, name string, do func(layers []replica
 		if err = v.keep(ctx); err != nil {
 			break
 		}
+	}
+	if err != nil && v.life.Err() != nil {
+		err = errors.Join(block.ErrClosed, err) // that is why
 	}
 	if err != nil {
 		return fmt.Errorf("volume %s: %s: %w", v.cfg.Name, name, err)
@@ -193,7 +199,7 @@ func (v *Volume) Snapshot(ctx context.Context, opID replica.LayerID, meta replic
 		meta.Created = v.cfg.Now()
 	}
 	meta.Created = meta.Created.UTC()
-	return v.verb(ctx, "snapshot", func(layers []replica.LayerInfo) error {
+	return v.verb(ctx, "snapshot", func(ctx context.Context, layers []replica.LayerInfo) error {
 		if hasLayer(layers, opID) {
 			return nil
 		}
@@ -216,7 +222,7 @@ func (v *Volume) Expand(ctx context.Context, opID replica.LayerID, newSizeBytes 
 	if newSizeBytes <= 0 || newSizeBytes%block.UnitBytes != 0 {
 		return fmt.Errorf("volume %s: expand to %d bytes: %w", v.cfg.Name, newSizeBytes, ErrInvalid)
 	}
-	return v.verb(ctx, "expand", func(layers []replica.LayerInfo) error {
+	return v.verb(ctx, "expand", func(ctx context.Context, layers []replica.LayerInfo) error {
 		size := v.book.rec.Chain.SizeBytes
 		if newSizeBytes == size || hasLayer(layers, opID) {
 			return nil
@@ -238,7 +244,7 @@ func (v *Volume) Revert(ctx context.Context, opID replica.LayerID, snapshot stri
 	if err := checkLayerID(opID); err != nil {
 		return fmt.Errorf("volume %s: revert: %w", v.cfg.Name, err)
 	}
-	return v.verb(ctx, "revert", func(layers []replica.LayerInfo) error {
+	return v.verb(ctx, "revert", func(ctx context.Context, layers []replica.LayerInfo) error {
 		if hasLayer(layers, opID) {
 			return nil
 		}
@@ -259,7 +265,7 @@ func (v *Volume) Revert(ctx context.Context, opID replica.LayerID, snapshot stri
 
 // RemoveSnapshot marks a snapshot removed; Purge frees its space. It stays readable until then. Once removed it is no error; replica.ErrNoSnapshot if there is none.
 func (v *Volume) RemoveSnapshot(ctx context.Context, name string) error {
-	return v.verb(ctx, "remove snapshot", func(layers []replica.LayerInfo) error {
+	return v.verb(ctx, "remove snapshot", func(ctx context.Context, layers []replica.LayerInfo) error {
 		info, err := findSnapshot(layers, name)
 		if err != nil {
 			return err

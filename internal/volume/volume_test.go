@@ -459,6 +459,34 @@ func TestFenced(t *testing.T) {
 	g.close()
 }
 
+// TestCloseCancelsVerb: closing does not wait for a long verb, and leaves nothing pending.
+func TestCloseCancelsVerb(t *testing.T) {
+	g := newRig(t, mib, disk.MemOptions{})
+	must(t, g.openReplica(false))
+	c := g.config()
+	slow := &stuckPrepare{Replica: c.Replicas[0].Replica, entered: make(chan struct{})}
+	c.Replicas[0].Replica = slow
+	v, err := volume.Open(g.ctx, c)
+	g.must(err, "open")
+	g.v = v
+	g.fill(1, 0, 5000)
+	var verb sync.WaitGroup
+	verb.Go(func() {
+		g.want(v.Snapshot(g.ctx, g.id(), meta("one")), block.ErrClosed, "a snapshot while the volume is closed")
+	})
+	<-slow.entered
+	g.must(v.Close(g.ctx), "close")
+	verb.Wait()
+	g.must(g.r.Close(), "close")
+	if rec := g.record(); rec.WriterNode != "" {
+		t.Errorf("record %+v", rec)
+	}
+	g.open()
+	g.wantFill(g.v.Device(), 1, 0, 5000)
+	g.wantSettled()
+	g.close()
+}
+
 // TestRefusals: every way in which opening is refused, and that nothing changed.
 func TestRefusals(t *testing.T) {
 	other := func(t *testing.T, edit func(*rig), open func(*volume.Config), want error) {
@@ -714,5 +742,37 @@ func TestNoSpaceForHead(t *testing.T) {
 	g.close()
 	g.open()
 	g.wantSettled()
+	g.close()
+}
+
+// TestDepth: a volume under 210 snapshots reads what was written, opens again, and gets its depth back by purging.
+func TestDepth(t *testing.T) {
+	g := newRig(t, mib, disk.MemOptions{})
+	g.open()
+	const depth = 210
+	for i := range depth {
+		g.fill(byte(i), int64(i)*block.UnitBytes, 2*block.UnitBytes)
+		g.snapshot(string(g.id()))
+	}
+	check := func() {
+		t.Helper()
+		for i := range depth {
+			g.wantFill(g.v.Device(), byte(i), int64(i)*block.UnitBytes, block.UnitBytes)
+		}
+		g.wantSettled()
+	}
+	check()
+	g.close()
+	g.open()
+	check()
+	layers := g.status().Layers
+	for _, l := range layers[1:31] {
+		g.must(g.v.RemoveSnapshot(g.ctx, l.Snapshot.Name), "remove")
+	}
+	g.must(g.v.Purge(g.ctx, nil), "purge")
+	if n := len(g.status().Layers); n != depth+1-29 { // of the 30 removed, the one below the head stays
+		t.Errorf("%d layers are left", n)
+	}
+	check()
 	g.close()
 }

@@ -114,16 +114,8 @@ func (s *state) check() error {
 	if s.SizeBytes <= 0 || s.SizeBytes%block.UnitBytes != 0 {
 		return fmt.Errorf("size of %d bytes: %w", s.SizeBytes, ErrInvalid)
 	}
-	for i, n := range s.Layers {
-		if !validID(string(n.ID)) {
-			return fmt.Errorf("layer id %q: %w", n.ID, ErrInvalid)
-		}
-		if slices.ContainsFunc(s.Layers[:i], func(o node) bool { return o.ID == n.ID }) {
-			return fmt.Errorf("layer %s is there twice: %w", n.ID, ErrInvalid)
-		}
-		if _, err := s.path(n.ID); err != nil {
-			return err
-		}
+	if err := s.checkTree(); err != nil {
+		return err
 	}
 	for _, id := range s.Dropped {
 		if !validID(string(id)) || s.has(id) {
@@ -135,6 +127,32 @@ func (s *state) check() error {
 	}
 	if !s.has(s.Head) || len(s.children(s.Head)) > 0 {
 		return fmt.Errorf("head %q has no place or is stood on: %w", s.Head, ErrInvalid)
+	}
+	return nil
+}
+
+// checkTree says whether every layer has a fit id, is there once, and leads down to the bottom.
+func (s *state) checkTree() error {
+	parents := make(map[replica.LayerID]replica.LayerID, len(s.Layers))
+	for _, n := range s.Layers {
+		if _, twice := parents[n.ID]; twice || !validID(string(n.ID)) {
+			return fmt.Errorf("layer id %q, or it is there twice: %w", n.ID, ErrInvalid)
+		}
+		parents[n.ID] = n.Parent
+	}
+	sound := make(map[replica.LayerID]bool, len(s.Layers)+1)
+	sound[""] = true
+	for id := range parents {
+		var way []replica.LayerID
+		for ; !sound[id]; id = parents[id] {
+			if _, ok := parents[id]; !ok || len(way) == len(s.Layers) {
+				return fmt.Errorf("layer %q has no place in the tree: %w", id, ErrInvalid)
+			}
+			way = append(way, id)
+		}
+		for _, id := range way {
+			sound[id] = true
+		}
 	}
 	return nil
 }
