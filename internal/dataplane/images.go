@@ -115,6 +115,10 @@ func (p *Process) finishImport(d *diskDir, j *importJob, tmp string) {
 	if err != nil {
 		p.log.Warn("import failed", "image", j.args.Name, "source", image.DisplaySource(j.args.Source), "error", err)
 	}
+	// An orphan of a data process that was killed may have finished its layer meanwhile, for nobody.
+	if err := d.sweepImport(j.args.ImageID); err != nil {
+		p.log.Warn("an earlier import's file is left", "image", j.args.Name, "error", err)
+	}
 	p.mu.Lock()
 	j.ended, j.err = time.Now(), err
 	p.mu.Unlock()
