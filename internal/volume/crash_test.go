@@ -265,7 +265,9 @@ func (g *rig) recordEnds(seed uint64, act func() error) ([]crashEnd, error) {
 	g.ledger.OnCall(nil)
 	r.done.Store(true)
 	r.add(g.ledger, "after everything")
-	return r.list, err
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list), err // the background may still be adding
 }
 
 func TestCrashVerbs(t *testing.T) {
