@@ -262,12 +262,13 @@ func (w *writer) checkpoint() error {
 	if err != nil {
 		return w.broke("checkpoint", err)
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	// If the new half's first sector rots, nobody shall take this one for current.
+	// If the new half's first sector rots, nobody shall take this one for current. Nobody appends to it before otherFree says so, and broke takes the
+	// log's lock.
 	if _, err := w.l.f.WriteAt(make([]byte, 512), w.l.halfOff(half)); err != nil {
 		return w.broke("checkpoint: wipe log", err)
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.otherFree = true
 	clear(g.touchedBy[half])
 	close(g.waiting)
