@@ -26,7 +26,10 @@ func TestMain(m *testing.M) {
 }
 
 // extra counts shutdowns.
-type extra struct{ shutdowns atomic.Int32 }
+type extra struct {
+	api.Extra
+	shutdowns atomic.Int32
+}
 
 func (e *extra) VolumeCounters(context.Context, func(string, map[string]uint64)) error { return nil }
 func (e *extra) Shutdown(context.Context) error {

@@ -46,14 +46,15 @@ type fakeReplica struct {
 
 // process is one life of the data process. It is a client.Service with the idempotency the contract asks for.
 type process struct {
-	h       *host
-	hello   client.Hello
-	dead    bool
-	rev     uint64
-	changed chan struct{}
-	volumes map[string]*client.VolumeStatus
-	jobs    map[string]*client.Job
-	timers  []*time.Timer
+	client.Service // verbs the fake does not have yet
+	h              *host
+	hello          client.Hello
+	dead           bool
+	rev            uint64
+	changed        chan struct{}
+	volumes        map[string]*client.VolumeStatus
+	jobs           map[string]*client.Job
+	timers         []*time.Timer
 }
 
 var _ client.Service = (*process)(nil)

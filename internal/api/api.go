@@ -49,9 +49,23 @@ type Extra interface {
 	// VolumeCounters calls each once for every volume that is open on this node, with what its frontend did since it was opened: readOps, writeOps, flushOps,
 	// zeroOps, readBytes, writeBytes, errors, clients. A counter it does not have is left out.
 	VolumeCounters(ctx context.Context, each func(volume string, counters map[string]uint64)) error
+	// Upload takes the bytes of an image whose source is upload and that waits for them (state pending on its disk), and returns when all were taken; the image may still be
+	// refused afterwards, which its record says. sizeBytes is what was announced, -1 if nothing was. Once only: a second is refused, also after a failure.
+	Upload(ctx context.Context, image string, sizeBytes int64, r io.Reader) error
+	// Download returns the bytes of an image file of a volume's snapshot (kind "volume"; an empty snapshot is the present, of which one is taken for the time) or of an image
+	// (kind "image") in format raw or qcow2, and how many they are, -1 if that is not known before the end. A body that breaks off ends with an error, never with io.EOF.
+	Download(ctx context.Context, kind, name, snapshot, format string) (body io.ReadCloser, sizeBytes int64, err error)
+	// Diff calls each for every range in which two snapshots of an attached volume may differ, ascending, from off on, and returns where to go on; that is sizeBytes at the end.
+	Diff(ctx context.Context, r DiffRange, each func(off, n int64, zero bool)) (nextOff, sizeBytes int64, err error)
 	// Shutdown begins to stop this node, guests' I/O included: volumes are flushed and closed, then the data process, the holder and serve end. It returns
 	// when that has begun, so that the answer can still be sent.
 	Shutdown(ctx context.Context) error
+}
+
+// DiffRange is an alias of a plain struct, so that the agent can say it too: From (empty: what is below the oldest) is older than To (empty: the present).
+type DiffRange = struct {
+	Volume, From, To string
+	Off              int64
 }
 
 // Handler answers the REST API. It may be called concurrently and keeps nothing but what the catalogue keeps: any number of them may serve one catalogue.

@@ -37,6 +37,7 @@ const (
 	KindSetting    Kind = "setting"
 	KindEvent      Kind = "event"
 	KindCluster    Kind = "cluster" // one record: cluster id, format
+	KindToken      Kind = "token"   // credentials of REST clients; never their secrets
 )
 
 // Part says whose half of a noun a record is.
@@ -123,7 +124,8 @@ const (
 
 // The frontends.
 const (
-	FrontendNBD = "nbd"
+	FrontendNBD      = "nbd"
+	FrontendBlockdev = "blockdev"
 )
 
 // The kinds of tickets.
@@ -140,6 +142,7 @@ const (
 	VerbSnapshotRemove = "snapshot-remove"
 	VerbPurge          = "purge"
 	VerbCheck          = "check"
+	VerbExport         = "export" // write a file of a snapshot, or of the present, on the node that has the volume
 )
 
 // The states of an operation.
@@ -179,8 +182,10 @@ const (
 
 // The sources of images.
 const (
-	SourceDownload = "download" // Parameters["url"]: http or https
-	SourceFile     = "file"     // Parameters["path"]: absolute, on the node
+	SourceDownload = "download"           // Parameters["url"]: http or https
+	SourceFile     = "file"               // Parameters["path"]: absolute, on the node
+	SourceUpload   = "upload"             // the bytes come by the upload action; tried once
+	SourceVolume   = "export-from-volume" // Parameters["volume-name"], ["export-type"] raw or qcow2, and ours: ["snapshot-name"]
 )
 
 // The names of conditions, and their statuses.
@@ -206,6 +211,12 @@ const (
 	// SettingMinimalFree: a disk with less than this per cent free takes no new replica or image.
 	SettingMinimalFree        = "storage-minimal-available-percentage"
 	SettingMinimalFreeDefault = "5"
+	// SettingWarningFree: a disk with less than this per cent free is reported (condition, event), before it takes nothing more.
+	SettingWarningFree        = "storage-warning-available-percentage"
+	SettingWarningFreeDefault = "15"
+	// SettingBackgroundRate: what a node does for itself (purge, merge, checksums, imports, exports) moves at most this many MiB per second; 0: no limit.
+	SettingBackgroundRate        = "background-bandwidth-mib"
+	SettingBackgroundRateDefault = "0"
 )
 
 // Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
@@ -232,13 +243,40 @@ type VolumeWanted struct {
 	Image     string            `json:"image,omitempty"`   // its name
 	ImageID   string            `json:"imageID,omitempty"` // its id
 	Copies    int               `json:"copies"`
-	Frontend  string            `json:"frontend"` // "nbd"
+	Frontend  string            `json:"frontend"` // "nbd", "blockdev"
+	Limits    Limits            `json:"limits,omitzero"`
 	Created   time.Time         `json:"created"`
 	Deleted   *time.Time        `json:"deleted,omitempty"` // tombstone: the agent deletes replicas after a linearizable read of it
 	Tickets   []Ticket          `json:"tickets,omitempty"`
 	Replicas  []Placement       `json:"replicas,omitempty"`
 	Salvage   bool              `json:"salvage,omitempty"` // a person decided to open the last copy though a flush failed
 	Labels    map[string]string `json:"labels,omitempty"`
+}
+
+// Limits bound what a volume's clients may ask per second, reads and writes together; zero: no limit. Up to BurstSeconds the burst rates hold.
+type Limits struct {
+	IOPS                int64 `json:"iops,omitempty"`
+	BytesPerSecond      int64 `json:"bytesPerSecond,omitempty"`
+	BurstIOPS           int64 `json:"burstIOPS,omitempty"`
+	BurstBytesPerSecond int64 `json:"burstBytesPerSecond,omitempty"`
+	BurstSeconds        int64 `json:"burstSeconds,omitempty"`
+}
+
+// Space is what something takes on its disk: Exclusive would be freed if it alone were deleted, Shared is what it reads from others, Reclaimable
+// is what a purge would free now.
+type Space struct {
+	ExclusiveBytes   int64 `json:"exclusiveBytes"`
+	SharedBytes      int64 `json:"sharedBytes"`
+	ReclaimableBytes int64 `json:"reclaimableBytes"`
+}
+
+// Token is a credential of REST clients. Owner: the API. The secret itself is shown once, when the token is made, and kept nowhere.
+type Token struct {
+	Name     string    `json:"name"`
+	SHA256   string    `json:"sha256"`             // of the secret, hex
+	ReadOnly bool      `json:"readOnly,omitempty"` // GET and HEAD only
+	Created  time.Time `json:"created"`
+	Expires  time.Time `json:"expires,omitzero"` // zero: never
 }
 
 // VolumeObserved is what is so. Owner: the agent of the node that has (or had last) the volume attached, else that of its first replica.
@@ -251,6 +289,7 @@ type VolumeObserved struct {
 	SizeBytes  int64                `json:"sizeBytes"` // of the head
 	Endpoint   string               `json:"endpoint,omitempty"`
 	Epoch      uint64               `json:"epoch,omitempty"`
+	Space      Space                `json:"space"`
 	Replicas   []ReplicaObserved    `json:"replicas"`
 	Snapshots  []SnapshotObserved   `json:"snapshots"` // as of the last look while attached or opened
 	Conditions map[string]Condition `json:"conditions"`
@@ -279,7 +318,8 @@ type SnapshotObserved struct {
 	Removed     bool              `json:"removed"`
 	UserCreated bool              `json:"userCreated"`
 	Created     time.Time         `json:"created"`
-	SizeBytes   int64             `json:"sizeBytes"` // allocated by this layer
+	SizeBytes   int64             `json:"sizeBytes"` // guest bytes this layer alone holds, without metadata
+	Space       Space             `json:"space"`
 	Labels      map[string]string `json:"labels,omitempty"`
 	Checksum    string            `json:"checksum,omitempty"`
 }
@@ -304,6 +344,9 @@ type Operation struct {
 	Snapshot  string            `json:"snapshot,omitempty"`
 	SizeBytes int64             `json:"sizeBytes,omitempty"`
 	Labels    map[string]string `json:"labels,omitempty"`
+	Path      string            `json:"path,omitempty"`     // export: a new file, absolute, on the node
+	Format    string            `json:"format,omitempty"`   // export: raw, qcow2
+	Compress  string            `json:"compress,omitempty"` // export of qcow2: "", zlib, zstd
 	Created   time.Time         `json:"created"`
 	State     string            `json:"state"`
 	Progress  int               `json:"progress"`       // per cent

@@ -92,6 +92,41 @@ func (c *Client) Check(ctx context.Context, a Check) (Problems, error) {
 	return call[Problems](ctx, c.caller, "check", a)
 }
 
+// SetLimits implements Service.
+func (c *Client) SetLimits(ctx context.Context, a SetLimits) error {
+	return c.say(ctx, "set-limits", a)
+}
+
+// SetBackground implements Service.
+func (c *Client) SetBackground(ctx context.Context, a Background) error {
+	return c.say(ctx, "set-background", a)
+}
+
+// SetNetwork implements Service.
+func (c *Client) SetNetwork(ctx context.Context, a Network) error {
+	return c.say(ctx, "set-network", a)
+}
+
+// OpenSource implements Service.
+func (c *Client) OpenSource(ctx context.Context, a OpenSource) (Source, error) {
+	return call[Source](ctx, c.caller, "open-source", a)
+}
+
+// CloseSource implements Service.
+func (c *Client) CloseSource(ctx context.Context, a CloseSource) error {
+	return c.say(ctx, "close-source", a)
+}
+
+// ExportImage implements Service.
+func (c *Client) ExportImage(ctx context.Context, a ExportImage) (Job, error) {
+	return call[Job](ctx, c.caller, "export-image", a)
+}
+
+// Diff implements Service.
+func (c *Client) Diff(ctx context.Context, a Diff) (Changes, error) {
+	return call[Changes](ctx, c.caller, "diff", a)
+}
+
 // Shutdown implements Service.
 func (c *Client) Shutdown(ctx context.Context, a Shutdown) error {
 	return c.say(ctx, "shutdown", a)

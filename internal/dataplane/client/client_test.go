@@ -19,9 +19,10 @@ import (
 
 // echo is a Service that answers what it was told to, and remembers what it was asked.
 type echo struct {
-	mu    sync.Mutex // guards asked
-	asked []any
-	fail  error
+	Service            // verbs not echoed yet
+	mu      sync.Mutex // guards asked
+	asked   []any
+	fail    error
 
 	state   State
 	changed chan struct{} // WaitState answers when it is closed

@@ -43,6 +43,20 @@ type Service interface {
 	DeleteImage(ctx context.Context, a DeleteImage) error
 	// Check verifies a replica's layers. ErrNotFound.
 	Check(ctx context.Context, a Check) (Problems, error)
+	// SetLimits changes an open volume's limits, from the next request on. ErrNotFound, ErrInvalid.
+	SetLimits(ctx context.Context, a SetLimits) error
+	// SetBackground bounds the node's own work, from now on.
+	SetBackground(ctx context.Context, a Background) error
+	// SetNetwork begins, changes or ends the offer over TCP. ErrInvalid (beyond loopback without certificates, certificates that cannot be read), ErrInUse (the port).
+	SetNetwork(ctx context.Context, a Network) error
+	// OpenSource makes a snapshot or an image readable. ErrNotFound, ErrInvalid.
+	OpenSource(ctx context.Context, a OpenSource) (Source, error)
+	// CloseSource ends that, also for clients that still read. Content when there is none.
+	CloseSource(ctx context.Context, a CloseSource) error
+	// ExportImage starts an export, or returns the one that runs or ended. ErrInvalid.
+	ExportImage(ctx context.Context, a ExportImage) (Job, error)
+	// Diff tells what changed between two snapshots. ErrNotFound (volume not open, no such snapshot), ErrInvalid (From is not below To).
+	Diff(ctx context.Context, a Diff) (Changes, error)
 	// Shutdown ends the process in order and answers when every volume is closed.
 	Shutdown(ctx context.Context, a Shutdown) error
 }
@@ -74,6 +88,13 @@ func handler(s Service, w Window) http.Handler {
 	handle(mux, "cancel-import", noOutput(s.CancelImport))
 	handle(mux, "delete-image", noOutput(s.DeleteImage))
 	handle(mux, "check", s.Check)
+	handle(mux, "set-limits", noOutput(s.SetLimits))
+	handle(mux, "set-background", noOutput(s.SetBackground))
+	handle(mux, "set-network", noOutput(s.SetNetwork))
+	handle(mux, "open-source", s.OpenSource)
+	handle(mux, "close-source", noOutput(s.CloseSource))
+	handle(mux, "export-image", s.ExportImage)
+	handle(mux, "diff", s.Diff)
 	handle(mux, "shutdown", noOutput(s.Shutdown))
 	return versioned(w, mux)
 }

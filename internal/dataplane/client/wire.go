@@ -14,7 +14,7 @@ import (
 // APIMin and APICurrent are the window of wire versions this build speaks; a side refuses a peer outside its window and names both.
 const (
 	APIMin     = 1
-	APICurrent = 1
+	APICurrent = 2
 )
 
 // Hello is what a data process says of itself.
@@ -99,8 +99,105 @@ type OpenVolume struct {
 	Node      string `json:"node"`
 	DiskID    string `json:"diskID"` // of the one local replica
 	ReplicaID string `json:"replicaID"`
-	Frontend  string `json:"frontend"` // "nbd", or "" for none
+	Frontend  string `json:"frontend"` // "nbd", "blockdev", or "" for none
 	Salvage   bool   `json:"salvage,omitempty"`
+	// Limits hold from the first request on. They do not count when it is asked whether the volume is open with the same arguments: SetLimits changes them.
+	Limits Limits `json:"limits,omitzero"`
+}
+
+// Limits bound what a volume's clients may ask per second, reads and writes together; zero: no limit. A request counts as one however large; bytes count those read
+// and written. Up to BurstSeconds the burst rates hold, as in QEMU's throttling: a client that used less than its rate may catch up.
+type Limits struct {
+	IOPS                int64 `json:"iops,omitempty"`
+	BytesPerSecond      int64 `json:"bytesPerSecond,omitempty"`
+	BurstIOPS           int64 `json:"burstIOPS,omitempty"` // zero: as IOPS; else at least IOPS
+	BurstBytesPerSecond int64 `json:"burstBytesPerSecond,omitempty"`
+	BurstSeconds        int64 `json:"burstSeconds,omitempty"` // zero: 1; at most 3600
+}
+
+// SetLimits changes a volume's limits while it is open. Idempotent.
+type SetLimits struct {
+	VolumeID string `json:"volumeID"`
+	Limits   Limits `json:"limits"`
+}
+
+// Background bounds what the node does for itself (purge, merge, checksums, imports, exports), each a rate for all of them together; zero: no limit.
+type Background struct {
+	BytesPerSecond int64 `json:"bytesPerSecond"`
+}
+
+// Network says where volumes are offered over TCP beside their sockets: every open volume whose frontend is nbd, under its name. Beyond loopback both certificates are
+// needed: the server shows its own, and clients must show one that ClientCA signed. Recorded in open.json, so that a restarted process listens again. An empty
+// Address ends it. Files are paths of PEM, read at the call and whenever they change.
+type Network struct {
+	Address  string `json:"address"` // HOST:PORT
+	CertFile string `json:"certFile,omitempty"`
+	KeyFile  string `json:"keyFile,omitempty"`
+	ClientCA string `json:"clientCA,omitempty"`
+}
+
+// OpenSource asks for something to be readable as a read-only NBD export on a socket of its own: a snapshot of an open volume (VolumeID and Snapshot), or an image
+// (DiskID and ImageID). While it is open, purge and merge pass its layers by. It ends with CloseSource and with the process. Idempotent by ID.
+type OpenSource struct {
+	ID       string `json:"id"` // 32 hex digits
+	VolumeID string `json:"volumeID,omitempty"`
+	Snapshot string `json:"snapshot,omitempty"`
+	DiskID   string `json:"diskID,omitempty"`
+	ImageID  string `json:"imageID,omitempty"`
+}
+
+// Source is something that can be read: nbd+unix:///ID?socket=PATH.
+type Source struct {
+	ID        string `json:"id"`
+	URI       string `json:"uri"`
+	SizeBytes int64  `json:"sizeBytes"`
+}
+
+// CloseSource names a source nobody reads any more.
+type CloseSource struct {
+	ID string `json:"id"`
+}
+
+// ExportImage starts a work process that reads a source and writes an image file of it. Idempotent by ID while it runs or once it is done; its Job says how far it is
+// and stays until CancelImport forgets it. To is an absolute path (a new file: made as NAME.partial beside it, then renamed; CodeExists if there is one), or
+// stream+unix:///PATH: a socket that the work process connects to and writes the file's bytes into, in order.
+type ExportImage struct {
+	ID       string `json:"id"`                 // 32 hex digits
+	Source   string `json:"source"`             // an NBD URI
+	Format   string `json:"format"`             // raw, qcow2
+	Compress string `json:"compress,omitempty"` // qcow2: "", "zstd", "zlib"; raw to a stream: "", "gzip"
+	To       string `json:"to"`
+}
+
+// Diff asks for what changed between two snapshots of an open volume, From (empty: the image below, or nothing) older than To (empty: the head, as of now).
+type Diff struct {
+	VolumeID string `json:"volumeID"`
+	From     string `json:"from,omitempty"`
+	To       string `json:"to,omitempty"`
+	Off      int64  `json:"off"` // where to go on
+}
+
+// Changes are the ranges in which two snapshots may differ, ascending, merged, whole units; at most 65536 of them in one answer.
+type Changes struct {
+	Ranges    []Change `json:"ranges"`
+	NextOff   int64    `json:"nextOff"` // SizeBytes: that was all
+	SizeBytes int64    `json:"sizeBytes"`
+}
+
+// Change is one range.
+type Change struct {
+	Off  int64 `json:"off"`
+	N    int64 `json:"n"`
+	Zero bool  `json:"zero,omitempty"` // reads as zero in To
+}
+
+// Space is what something takes on its disk, in bytes.
+type Space struct {
+	// Exclusive would be freed if the object, alone, were deleted (and purged); Shared is what it reads from others (an image, older snapshots) and they keep; Reclaimable is what
+	// a purge would free now. Metadata counts in Exclusive of the volume, in no snapshot.
+	ExclusiveBytes   int64 `json:"exclusiveBytes"`
+	SharedBytes      int64 `json:"sharedBytes"`
+	ReclaimableBytes int64 `json:"reclaimableBytes"`
 }
 
 // VolumeStatus is a volume that is open in the data process (or could not be).
@@ -118,6 +215,8 @@ type VolumeStatus struct {
 	Code      Code    `json:"code,omitempty"`
 	Error     string  `json:"error,omitempty"`
 	Layers    []Layer `json:"layers"`
+	Space     Space   `json:"space"`
+	Limits    Limits  `json:"limits,omitzero"`
 	Clients   int     `json:"clients"` // connections of the frontend
 	Stats     Stats   `json:"stats"`
 }
@@ -127,6 +226,7 @@ type Stats struct {
 	ReadOps, WriteOps, FlushOps, ZeroOps uint64
 	ReadBytes, WriteBytes                uint64
 	Errors                               uint64
+	Throttled                            uint64 // requests that waited for the limits
 }
 
 // Layer is one layer of an open volume; exactly one is the head.
@@ -139,7 +239,9 @@ type Layer struct {
 	Removed        bool              `json:"removed"`
 	Created        time.Time         `json:"created"`
 	SizeBytes      int64             `json:"sizeBytes"`
-	AllocatedBytes int64             `json:"allocatedBytes"`
+	AllocatedBytes int64             `json:"allocatedBytes"` // on the disk, metadata included
+	DataBytes      int64             `json:"dataBytes"`      // guest bytes this layer alone holds: units in state Data
+	Space          Space             `json:"space"`
 	Verified       bool              `json:"verified"`
 	Labels         map[string]string `json:"labels,omitempty"`
 }
@@ -160,13 +262,16 @@ type ImportImage struct {
 	DiskID   string `json:"diskID"`
 	ImageID  string `json:"imageID"`
 	Name     string `json:"name"`
-	Source   string `json:"source"`             // http(s) URL or an absolute path
+	Source   string `json:"source"`             // http(s) or nbd(s) URL, an absolute path, or stream+unix:///PATH: a socket to connect to and read the file's bytes from
 	Checksum string `json:"checksum,omitempty"` // sha512:… or sha256:…
+	// SizeBytes is what a stream must hold; -1: not known. Other sources know theirs.
+	SizeBytes int64 `json:"sizeBytes,omitempty"`
 }
 
-// Job is an import under way or ended.
+// Job is an import or an export under way or ended.
 type Job struct {
-	ID         string      `json:"id"` // the image id
+	ID         string      `json:"id"`             // the image's, or the export's
+	Kind       string      `json:"kind,omitempty"` // "" or "import", "export"
 	DiskID     string      `json:"diskID"`
 	State      string      `json:"state"` // running, done, failed
 	DoneBytes  int64       `json:"doneBytes"`
@@ -214,6 +319,7 @@ type Shutdown struct {
 type State struct {
 	Rev     uint64         `json:"rev"`
 	Hello   Hello          `json:"hello"`
+	Network Network        `json:"network,omitzero"`
 	Disks   []DiskStatus   `json:"disks"`
 	Volumes []VolumeStatus `json:"volumes"`
 	Jobs    []Job          `json:"jobs"`

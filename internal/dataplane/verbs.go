@@ -1,0 +1,44 @@
+package dataplane
+
+import (
+	"context"
+	"fmt"
+
+	"ashlar/internal/dataplane/client"
+)
+
+// errUnbuilt answers verbs whose turn has not come.
+func errUnbuilt(verb string) error {
+	return fmt.Errorf("%s: %w: this build does not have it", verb, client.ErrInvalid)
+}
+
+// SetLimits implements client.Service.
+func (p *Process) SetLimits(context.Context, client.SetLimits) error { return errUnbuilt("set limits") }
+
+// SetBackground implements client.Service.
+func (p *Process) SetBackground(context.Context, client.Background) error {
+	return errUnbuilt("set background")
+}
+
+// SetNetwork implements client.Service.
+func (p *Process) SetNetwork(context.Context, client.Network) error { return errUnbuilt("set network") }
+
+// OpenSource implements client.Service.
+func (p *Process) OpenSource(context.Context, client.OpenSource) (client.Source, error) {
+	return client.Source{}, errUnbuilt("open source")
+}
+
+// CloseSource implements client.Service.
+func (p *Process) CloseSource(context.Context, client.CloseSource) error {
+	return errUnbuilt("close source")
+}
+
+// ExportImage implements client.Service.
+func (p *Process) ExportImage(context.Context, client.ExportImage) (client.Job, error) {
+	return client.Job{}, errUnbuilt("export image")
+}
+
+// Diff implements client.Service.
+func (p *Process) Diff(context.Context, client.Diff) (client.Changes, error) {
+	return client.Changes{}, errUnbuilt("diff")
+}
