@@ -70,7 +70,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitUsage
 	case errors.Is(err, node.ErrInUse), errors.Is(err, hold.ErrRunning), errors.Is(err, dataclient.ErrInUse):
 		return exitConflict
-	case errors.Is(err, node.ErrConfig):
+	case errors.Is(err, node.ErrConfig), errors.Is(err, errConfig):
 		return exitRefused
 	case errors.Is(err, errProblems):
 		return exitProblems

@@ -11,6 +11,7 @@ func (a *app) holdCommand() *cobra.Command {
 	var detach bool
 	cmd := &cobra.Command{
 		Use: "hold", Short: "Run the holder (serve starts it)", Hidden: true, Args: cobra.NoArgs,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { a.lenient = true; return a.configure(cmd) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg := hold.Config{RunDir: a.runDir} // it keeps a log of bounded size itself
 			if detach {

@@ -21,12 +21,16 @@ type app struct {
 	live     bool // err is one: progress bars that move
 	now      func() time.Time
 
-	runDir  string
-	server  string
-	output  string
-	noWait  bool
-	wait    bool // the default, said aloud
-	timeout time.Duration
+	config  string // the configuration's file, if one was named
+	lenient bool   // a wrong configuration is reported and left out: for what guests' I/O depends on
+
+	runDir            string
+	server            string
+	tokenFile, caFile string
+	output            string
+	noWait            bool
+	wait              bool // the default, said aloud
+	timeout           time.Duration
 }
 
 func newApp(out, err io.Writer, getenv func(string) string) *app {
@@ -66,23 +70,27 @@ volumes that guests use over NBD, with snapshots that cost next to nothing.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in use, 5 no answer,
 6 refused input, 7 problems found by a check, 8 not built yet, 130 interrupted.`,
-		Version:       version,
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Version:           version,
+		SilenceErrors:     true,
+		SilenceUsage:      true,
+		Args:              cobra.NoArgs,
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.configure(cmd) },
 	}
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
 	root.CompletionOptions.DisableDefaultCmd = true
 	flags := root.PersistentFlags()
-	flags.StringVar(&a.runDir, "run-dir", a.env("ASHLAR_RUN_DIR", "/run/ashlar"), "directory of the node's sockets (ASHLAR_RUN_DIR)")
-	flags.StringVar(&a.server, "server", a.env("ASHLAR_SERVER", ""), "node to speak to: unix:///PATH or http://HOST:PORT; default: the socket in the run directory, else http://"+client.DefaultListen+" (ASHLAR_SERVER)")
+	flags.StringVar(&a.config, "config", "", "file of the configuration; default: "+defaultConfig+", if it exists (ASHLAR_CONFIG)")
+	flags.StringVar(&a.runDir, "run-dir", optionOf("run-dir").value, "directory of the node's sockets (ASHLAR_RUN_DIR)")
+	flags.StringVar(&a.server, "server", "", "node to speak to: unix:///PATH, http://HOST:PORT or https://HOST:PORT; default: the socket in the run directory, else http://"+client.DefaultListen+" (ASHLAR_SERVER)")
+	flags.StringVar(&a.tokenFile, "token-file", "", "file with the token to show to a node beyond loopback (ASHLAR_TOKEN_FILE)")
+	flags.StringVar(&a.caFile, "ca-file", "", "file with the authority that signed the node's certificate; default: the system's (ASHLAR_CA_FILE)")
 	flags.StringVarP(&a.output, "output", "o", a.env("ASHLAR_OUTPUT", "table"), "how to print: table or json (ASHLAR_OUTPUT)")
 	root.AddCommand(a.serveCommands()...)
 	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
-		a.shutdownCommand(), a.versionCommand())
+		a.shutdownCommand(), a.versionCommand(), a.configCommand())
 	checkArgs(root)
 	return root
 }

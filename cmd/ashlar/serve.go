@@ -3,10 +3,9 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
+	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,38 +21,45 @@ func (a *app) serveCommands() []*cobra.Command {
 
 func (a *app) serveCommand() *cobra.Command {
 	cfg := node.Config{Version: version}
-	var etcd string
+	var etcd, level, format string
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run a node",
 		Long: `Run a node: catalogue, control, agent and REST API. It starts the data process, which has the files and the guests' I/O open, and which goes on when this
-process stops, crashes or is upgraded. "ashlar shutdown" ends both.`,
+process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag can stand in the configuration file and in the environment: see "ashlar config example".`,
 		Example: "  ashlar serve\n  ashlar serve --data-dir /srv/ashlar --run-dir /run/ashlar --listen 127.0.0.1:9500 --name kvm1",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var err error
-			if cfg.DataDir, err = filepath.Abs(cfg.DataDir); err != nil {
-				return fmt.Errorf("data directory: %w", err)
-			}
-			if cfg.RunDir, err = filepath.Abs(a.runDir); err != nil {
-				return fmt.Errorf("run directory: %w", err)
-			}
+			cfg.RunDir = a.runDir
 			if cfg.Listen == "none" {
 				cfg.Listen = ""
 			}
 			if etcd != "" {
 				cfg.Etcd = strings.Split(etcd, ",")
 			}
-			cfg.Log = slog.New(slog.NewTextHandler(a.err, nil))
+			cfg.Log = logger(a.err, level, format)
 			return serve(cmd.Context(), cfg)
 		},
 	}
-	flags := cmd.Flags()
-	flags.StringVar(&cfg.DataDir, "data-dir", a.env("ASHLAR_DATA_DIR", "/var/lib/ashlar"), "directory of the catalogue and the first disk (ASHLAR_DATA_DIR)")
-	flags.StringVar(&cfg.Listen, "listen", a.env("ASHLAR_LISTEN", client.DefaultListen), "TCP address of REST, loopback only; none: only the socket in the run directory (ASHLAR_LISTEN)")
-	flags.StringVar(&cfg.Name, "name", a.env("ASHLAR_NAME", hostname()), "the node's name (ASHLAR_NAME)")
-	flags.StringVar(&etcd, "etcd", a.env("ASHLAR_ETCD", ""), "endpoints of an existing etcd, separated by commas; default: one is embedded (ASHLAR_ETCD)")
+	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "etcd": &etcd, "log-level": &level, "log-format": &format,
+		"tls-certificate": &cfg.TLSCertificate, "tls-key": &cfg.TLSKey, "nbd-listen": &cfg.NBD.Address, "nbd-certificate": &cfg.NBD.CertFile, "nbd-key": &cfg.NBD.KeyFile,
+		"nbd-client-ca": &cfg.NBD.ClientCA} {
+		optionOf(flag).define(cmd, into)
+	}
 	return cmd
+}
+
+// logger writes what is at least as important as level, a line each.
+func logger(w io.Writer, level, format string) *slog.Logger {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil { // checked before
+		l = slog.LevelInfo
+	}
+	o := &slog.HandlerOptions{Level: l}
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
 }
 
 // hostname is this machine's first name, or "node" if it has none.

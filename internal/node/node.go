@@ -37,6 +37,10 @@ type Config struct {
 	RunDir string
 	// Listen is REST's TCP address, loopback only; empty: only <run-dir>/api.sock.
 	Listen string
+	// TLSCertificate and TLSKey are files of what REST shows beyond loopback; empty: the cluster's authority issues it.
+	TLSCertificate, TLSKey string
+	// NBD is where volumes are offered over TCP; the zero value: nowhere.
+	NBD client.Network
 	// Name is the node's name in the cluster.
 	Name string
 	// Version is this build's.
