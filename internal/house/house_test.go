@@ -18,7 +18,7 @@ import (
 const module = "ashlar/"
 
 // dataPath are the packages below the data process; dataplane may import each of them.
-var dataPath = []string{"block", "disk", "nbd", "layer", "image", "replica", "replica/local", "volume", "export", "job"}
+var dataPath = []string{"block", "block/limit", "disk", "nbd", "layer", "image", "replica", "replica/local", "volume", "export", "job"}
 
 // mayImport is the floors table of the design: what of ours a package may import. A package that is not listed may not exist.
 // Changing it takes a record in docs/decisions.
@@ -26,6 +26,7 @@ var mayImport = map[string][]string{
 	"block":               {},
 	"block/blocktest":     {"block"},
 	"block/blockfault":    {"block"},
+	"block/limit":         {"block"}, // decision 0008
 	"disk":                {},
 	"disk/disktest":       {"disk"},
 	"nbd":                 {"block"},

@@ -38,6 +38,7 @@ type conn struct {
 	contexts []metaContext
 	dev      block.Device
 	readOnly bool
+	mayWait  func() bool // nil: never
 	link     link
 	pool     *buffers
 	stats    *counters
@@ -74,7 +75,7 @@ type transmission struct {
 
 func newConn(t transmission) *conn {
 	c := &conn{
-		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly,
+		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, mayWait: t.export.MayWait,
 		link: t.link, pool: t.pool, stats: t.stats, stop: t.stop,
 	}
 	for _, id := range t.state.Contexts {

@@ -20,6 +20,9 @@ type Export struct {
 	Device block.Device
 	// ReadOnly refuses every command that writes with EPERM.
 	ReadOnly bool
+	// MayWait, if not nil, tells whether the Device may hold the next request back for other reasons than its medium (a rate, say): then a worker takes the request,
+	// and those behind it on the connection go on. It is asked before each request, concurrently, and must be quick.
+	MayWait func() bool
 }
 
 // Exports is where a Server finds what it serves. Both methods may be called concurrently.

@@ -98,7 +98,7 @@ func (c *conn) replyRoom(req request) int {
 
 // pooled decides whether the workers get req.
 func (c *conn) pooled(req request) bool {
-	if mayBlock(req) {
+	if mayBlock(req) || c.mayWait != nil && c.mayWait() {
 		return true
 	}
 	more := c.w-c.r >= requestBytes || c.executing.Load() > 0

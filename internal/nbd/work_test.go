@@ -57,6 +57,39 @@ func TestFlushDoesNotHoldUpTheLoop(t *testing.T) {
 	}
 }
 
+// TestMayWait: a Device that says that it may hold requests back does not hold up those behind, from the first one on.
+func TestMayWait(t *testing.T) {
+	dev := newMemDevice(testSize)
+	release := make(chan struct{})
+	dev.hook = func(c call) error {
+		if c.op != "flush" && c.off == 4096 {
+			<-release
+		}
+		return nil
+	}
+	_, c := serve(t, Export{Name: "disk", Device: dev, MayWait: func() bool { return true }}, socketPair)
+	c.join(true)
+	sent := map[uint64]request{}
+	for _, r := range []request{{cmd: cmdRead, off: 4096, n: 4096}, {cmd: cmdWrite, off: 4096, n: 4096}, {cmd: cmdTrim, off: 4096, n: 4096}} {
+		var payload []byte
+		if r.cmd == cmdWrite {
+			payload = make([]byte, r.n)
+		}
+		sent[c.start(r, payload)] = r
+	}
+	for range 50 {
+		c.write(8192, []byte("meanwhile"))
+		c.wantData(8192, []byte("meanwhile"))
+		c.want(request{cmd: cmdFlush}, nil, OK)
+	}
+	close(release)
+	for range 3 {
+		if r := c.await(sent); r.errno != OK {
+			t.Fatalf("reply %+v", r)
+		}
+	}
+}
+
 // TestSlowReadsOverlap: once a read proved slow, those behind it run at the same time.
 func TestSlowReadsOverlap(t *testing.T) {
 	dev := newMemDevice(testSize)
