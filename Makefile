@@ -1,12 +1,15 @@
 # Two commands matter: `make demo` and `make test`. Both do their own set-up on a fresh Debian 12 with Go and root.
 
 PACKAGES = qemu-utils qemu-system-x86 nbdkit libnbd-bin fio busybox-static kmod cpio e2fsprogs xfsprogs fdisk linux-image-cloud-amd64 mmdebstrap curl strace
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+VERSION ?= 0.3.$(shell git rev-list --count HEAD 2>/dev/null || echo 0)$(shell git describe --always --dirty 2>/dev/null | sed s/^/-g/)
 
-.PHONY: build demo test bench mutants fuzz lint quick deps clean
+.PHONY: build deb demo test bench mutants fuzz lint quick deps clean
 
 build:                ## bin/ashlar
 	go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/ashlar ./cmd/ashlar
+
+deb: build            ## dist/ashlar_VERSION_ARCH.deb
+	go run ./packaging -ashlar bin/ashlar -version $(VERSION)
 
 demo: deps build      ## the main job, end to end, on real input
 	go run ./demo -ashlar bin/ashlar
@@ -33,4 +36,4 @@ deps:                 ## Debian packages that demo, test and bench use; asks the
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 clean:
-	rm -rf bin bench/out
+	rm -rf bin dist bench/out

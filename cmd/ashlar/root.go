@@ -80,7 +80,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
-	root.CompletionOptions.DisableDefaultCmd = true
+	root.CompletionOptions.HiddenDefaultCmd = true
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.config, "config", "", "file of the configuration; default: "+defaultConfig+", if it exists (ASHLAR_CONFIG)")
 	flags.StringVar(&a.runDir, "run-dir", optionOf("run-dir").value, "directory of the node's sockets (ASHLAR_RUN_DIR)")
@@ -90,7 +90,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	flags.StringVarP(&a.output, "output", "o", a.env("ASHLAR_OUTPUT", "table"), "how to print: table or json (ASHLAR_OUTPUT)")
 	root.AddCommand(a.serveCommands()...)
 	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
-		a.shutdownCommand(), a.versionCommand(), a.configCommand())
+		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.manualCommand())
 	checkArgs(root)
 	return root
 }
