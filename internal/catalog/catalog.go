@@ -133,8 +133,16 @@ const (
 	TicketAPI = "api"
 )
 
-// The verbs of operations. Expand may be said of a detached volume, which is opened for it without a frontend; the others need it attached
-// (CodeNotAttached), and revert needs it attached with DisableFrontend (CodeFrontend).
+// Labels of the system's own snapshots.
+const (
+	// LabelReading names, by its id, what a temporary snapshot was taken for: an export, a download, an image. One whose reader is gone is removed.
+	LabelReading = "ashlar/reading"
+	// LabelImageExport names the image that a temporary snapshot was taken for, as the dialect does.
+	LabelImageExport = "longhorn.io/for-exporting-backing-image"
+)
+
+// The verbs of operations. Expand and export may be said of a detached volume, which is opened for it without a frontend; the others need it attached
+// (CodeNotAttached), and revert needs it attached with DisableFrontend (CodeFrontend). Exports run beside the others.
 const (
 	VerbSnapshot       = "snapshot"
 	VerbRevert         = "revert"
@@ -182,7 +190,7 @@ const (
 
 // The sources of images.
 const (
-	SourceDownload = "download"           // Parameters["url"]: http or https
+	SourceDownload = "download"           // Parameters["url"]: http, https, nbd or nbds
 	SourceFile     = "file"               // Parameters["path"]: absolute, on the node
 	SourceUpload   = "upload"             // the bytes come by the upload action; tried once
 	SourceVolume   = "export-from-volume" // Parameters["volume-name"], ["export-type"] raw or qcow2, and ours: ["snapshot-name"]
@@ -195,12 +203,16 @@ const (
 	ConditionImageIncompatible  = "BackingImageIncompatible" // of a volume smaller than its image
 	ConditionReady              = "Ready"                    // of a node, a disk
 	ConditionSchedulable        = "Schedulable"              // of a node, a disk
+	ConditionNearlyFull         = "NearlyFull"               // of a disk
 	ConditionTrue               = "True"
 	ConditionFalse              = "False"
 	ConditionUnknown            = "Unknown"
 	ReasonSchedulingFailure     = "ReplicaSchedulingFailure"
 	ReasonWaiting               = "Waiting"
 	ReasonGetBackingImageFailed = "GetBackingImageFailed"
+	ReasonNearlyFull            = "DiskNearlyFull" // of the condition, and of the event when it becomes true
+	ReasonDiskAway              = "DiskAway"       // of the event when a disk cannot be used any more
+	ReasonDiskBack              = "DiskBack"
 )
 
 // The settings that plan reads, and their defaults.
@@ -333,8 +345,8 @@ type Condition struct {
 }
 
 // Operation is something to be done once to a volume; the API makes it (in state pending, and never writes it again) and waits for its result, the agent
-// does it. Those of a volume are done one at a time: a running one first, then the pending in the order of their records' revisions, which is the order in
-// which they were put. ID is 32 random hex digits and becomes the id of the new head layer where there is one, which is what makes repeating it
+// does it. Those of a volume are done one at a time (exports one at a time too, beside the others): a running one first, then the pending in the order of their records' revisions,
+// which is the order in which they were put. ID is 32 random hex digits and becomes the id of the new head layer where there is one, which is what makes repeating it
 // harmless. Its record's name is VOLUME/ID.
 type Operation struct {
 	ID        string            `json:"id"`
