@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"ashlar/internal/block"
+	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/export"
@@ -85,11 +85,11 @@ func newFrontend(cfg Config, l export.Listeners) (*export.NBD, error) {
 }
 
 // enable exports a volume's device.
-func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev block.Device) error {
+func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev *limit.Device) error {
 	if a.Frontend == "" {
 		return nil
 	}
-	_, err := p.nbd.Add(ctx, a.Volume, dev, export.Options{})
+	_, err := p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait})
 	return err
 }
 

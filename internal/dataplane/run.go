@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"ashlar/internal/block"
+	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/disk"
@@ -134,6 +135,8 @@ type Process struct {
 	list      *openList
 	board     *board
 
+	background *limit.Rate // what the node does for itself, all of it together
+
 	life   context.Context // of everything in the background
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -163,8 +166,8 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	}
 	now := time.Now()
 	p := &Process{cfg: cfg, log: cfg.Log, boot: cfg.BootID, started: now, holder: h, list: list, board: newBoard(now),
-		ledger:   wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
-		asked:    make(chan client.Shutdown, 1),
+		ledger: wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
+		asked:  make(chan client.Shutdown, 1), background: limit.NewRate(limit.Limits{}),
 		diskByID: map[string]*diskDir{}, slotByID: map[string]*slot{}, jobByID: map[string]*importJob{}}
 	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
 		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
@@ -239,6 +242,9 @@ func (p *Process) close(ctx context.Context) error {
 func (p *Process) suspendAll(ctx context.Context) error {
 	drain, cancel := context.WithTimeout(ctx, drainTimeout)
 	defer cancel()
+	for _, s := range p.slots() {
+		s.liftLimits()
+	}
 	return errors.Join(p.nbd.Drain(drain), p.endAll(ctx, p.suspendSlot))
 }
 

@@ -12,14 +12,6 @@ func errUnbuilt(verb string) error {
 	return fmt.Errorf("%s: %w: this build does not have it", verb, client.ErrInvalid)
 }
 
-// SetLimits implements client.Service.
-func (p *Process) SetLimits(context.Context, client.SetLimits) error { return errUnbuilt("set limits") }
-
-// SetBackground implements client.Service.
-func (p *Process) SetBackground(context.Context, client.Background) error {
-	return errUnbuilt("set background")
-}
-
 // SetNetwork implements client.Service.
 func (p *Process) SetNetwork(context.Context, client.Network) error { return errUnbuilt("set network") }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"ashlar/internal/block"
+	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/nbd"
 	"ashlar/internal/replica"
@@ -44,15 +45,17 @@ const (
 
 // slot is a volume's place in this process.
 type slot struct {
-	token  chan struct{} // capacity 1: held by whoever opens, closes or changes the volume
-	noting sync.Mutex    // held while a failure is put on record: the next who sees it waits until it is
+	token    chan struct{} // capacity 1: held by whoever opens, closes or changes the volume
+	noting   sync.Mutex    // held while a failure is put on record: the next who sees it waits until it is
+	limiting sync.Mutex    // held while limits are put on record and set
 
-	mu    sync.Mutex // guards the rest, for whoever looks; the holder of the token alone changes it
+	mu    sync.Mutex // guards the rest, for whoever looks; the holder of the token alone changes it, but for limits and a failure
 	args  client.OpenVolume
 	state string
 	err   error // why it is failed
 	vol   *volume.Volume
 	rep   *local.Replica
+	dev   *limit.Device // what its frontends serve; nil unless it is open, or was
 	entry openEntry
 }
 
@@ -89,6 +92,9 @@ func checkOpen(a client.OpenVolume) error {
 		return fmt.Errorf("volume %.40q, replica %.40q, disk %.40q, node %.40q: %w: ids are 32 hex digits", a.VolumeID, a.ReplicaID, a.DiskID, a.Node, client.ErrInvalid)
 	case a.Frontend != "" && a.Frontend != frontendNBD:
 		return fmt.Errorf("frontend %.40q: %w: this build has %q", a.Frontend, client.ErrInvalid, frontendNBD)
+	}
+	if err := checkLimits(a.Limits); err != nil {
+		return err
 	}
 	return checkName(a.Volume)
 }
@@ -189,6 +195,7 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 	if state == stateOpen || state == stateFailed && s.entry.Failed != "" {
 		same := args
 		same.Salvage = a.Salvage // was for once
+		same.Limits = a.Limits   // SetLimits changes them
 		switch {
 		case same != a:
 			return fmt.Errorf("%w: with other arguments; close it first", client.ErrExists)
@@ -258,9 +265,10 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 		return undo(err)
 	}
 	// A client's first request may come, and fail, before enable returns: the slot is complete by then.
-	s.change(func(s *slot) { s.state, s.vol, s.rep, s.entry = stateOpen, vol, rep, e })
-	if err := p.enable(ctx, e.Open, &witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}); err != nil {
-		s.change(func(s *slot) { s.state, s.vol, s.rep = stateOpening, nil, nil })
+	dev := limit.NewDevice(&witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}, limitsOf(e.Open.Limits))
+	s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev, s.entry = stateOpen, vol, rep, dev, e })
+	if err := p.enable(ctx, e.Open, dev); err != nil {
+		s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev = stateOpening, nil, nil, nil })
 		return undo(err)
 	}
 	if err := p.list.salvaged(e.Open.VolumeID); err != nil {
@@ -324,7 +332,7 @@ func (p *Process) failSlot(ctx context.Context, s *slot, e openEntry, why error)
 	s.change(func(s *slot) { s.state, s.err, s.entry = stateFailed, why, e })
 	var err error
 	if e.Failed != "" {
-		err = p.enable(ctx, e.Open, failedDevice{size: e.SizeBytes})
+		err = p.enable(ctx, e.Open, limit.NewDevice(failedDevice{size: e.SizeBytes}, limit.Limits{}))
 	} else {
 		err = p.disable(ctx, e.Open)
 	}
@@ -421,6 +429,7 @@ func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 	vol, rep, failed := s.vol, s.rep, s.entry.Failed != ""
 	s.state = stateClosing
 	s.mu.Unlock()
+	s.liftLimits()
 	p.board.bump()
 	var errs []error
 	errs = append(errs, p.disable(ctx, args))
@@ -445,7 +454,7 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	defer s.give()
 	s.mu.Lock()
 	vol, rep, name, volumeID := s.vol, s.rep, s.args.Volume, s.args.VolumeID
-	s.vol, s.rep, s.state = nil, nil, stateClosing
+	s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateClosing
 	s.mu.Unlock()
 	var errs []error
 	if vol != nil {
@@ -466,11 +475,14 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	s.mu.Lock()
 	a, vol, e := s.args, s.vol, s.entry
 	st := client.VolumeStatus{VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: a.DiskID, Frontend: a.Frontend, State: s.state,
-		SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}}
-	err := s.err
+		SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}, Limits: a.Limits}
+	err, dev := s.err, s.dev
 	s.mu.Unlock()
 	if stats, ok := fronts[a.Volume]; ok && a.Frontend != "" {
 		st.Endpoint, st.Clients, st.Stats = p.nbd.URI(a.Volume), stats.Conns, statsOf(stats)
+	}
+	if dev != nil {
+		st.Stats.Throttled = dev.Rate().Waited()
 	}
 	if vol != nil && st.State != stateClosing {
 		vs, statusErr := vol.Status(ctx)

@@ -78,8 +78,9 @@ func NewNBD(cfg NBDConfig) (*NBD, error) {
 
 // Options are what Add may be told about an export.
 type Options struct {
-	ReadOnly    bool   // refuse writes, trims and zeroes
-	Description string // for clients that list exports
+	ReadOnly    bool        // refuse writes, trims and zeroes
+	Description string      // for clients that list exports
+	MayWait     func() bool // see nbd.Export; nil: never
 }
 
 // Path is where volume's socket is, whether it is exported or not.
@@ -101,7 +102,7 @@ func (n *NBD) Add(ctx context.Context, volume string, dev block.Device, opts Opt
 		return "", err
 	}
 	server, err := nbd.NewServer(nbd.Config{
-		Exports:  nbd.Single{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly},
+		Exports:  nbd.Single{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly, MayWait: opts.MayWait},
 		MaxConns: n.cfg.MaxConns,
 		Report:   func(err error) { n.cfg.Report(volume, err) },
 	})
