@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"fmt"
 
 	"ashlar/internal/block"
 )
@@ -14,9 +15,11 @@ const (
 	OK        Errno = 0
 	EPERM     Errno = 1
 	EIO       Errno = 5
+	ENOMEM    Errno = 12
 	EINVAL    Errno = 22
 	ENOSPC    Errno = 28
 	EOVERFLOW Errno = 75
+	ENOTSUP   Errno = 95
 	ESHUTDOWN Errno = 108
 )
 
@@ -76,4 +79,33 @@ func (e Errno) text() string {
 		return "the volume was closed or another host took it over"
 	}
 	return "input/output error"
+}
+
+// Error names e. A Client's errors contain the Errno that the server sent.
+func (e Errno) Error() string { return fmt.Sprintf("NBD error %d", uint32(e)) }
+
+// remoteTable maps a server's errors back. What is not here is no sentinel of block's: the reason is not known. EINVAL in particular may mean
+// anything: what is out of range is refused before it is sent.
+var remoteTable = map[Errno]error{
+	ENOSPC:    block.ErrNoSpace,
+	ESHUTDOWN: ErrServerClosed,
+}
+
+// remoteError is the error for errno, which a server answered to the command cmd with a text for people.
+func remoteError(errno Errno, text string, cmd uint16) error {
+	if errno == OK {
+		return nil
+	}
+	sentinel := remoteTable[errno]
+	if errno == EPERM && cmd != cmdRead && cmd != cmdBlockStatus {
+		sentinel = block.ErrReadOnly
+	}
+	err := error(errno)
+	if sentinel != nil {
+		err = fmt.Errorf("%w (%w)", sentinel, errno)
+	}
+	if text != "" {
+		err = fmt.Errorf("%w, the server says: %q", err, text)
+	}
+	return err
 }

@@ -55,6 +55,7 @@ const (
 	repErrUnsup    = 1<<31 + 1
 	repErrPolicy   = 1<<31 + 2
 	repErrInvalid  = 1<<31 + 3
+	repErrTLSReqd  = 1<<31 + 5
 	repErrUnknown  = 1<<31 + 6
 	repErrShutdown = 1<<31 + 7
 	repErrTooBig   = 1<<31 + 9
@@ -95,12 +96,14 @@ const (
 	replyOffsetData  = 1
 	replyOffsetHole  = 2
 	replyBlockStatus = 5
-	replyError       = 1<<15 + 1
+	replyErrorBit    = 1 << 15 // in the type of every chunk that tells of an error
+	replyError       = replyErrorBit + 1
 )
 
 // Sizes of fixed parts, bytes.
 const (
 	optionHeaderBytes = 16
+	optionReplyBytes  = 20
 	requestBytes      = 28
 	simpleBytes       = 16
 	structuredBytes   = 20
@@ -153,6 +156,16 @@ func parseRequest(p []byte) (request, bool) {
 		r.off = -1
 	}
 	return r, true
+}
+
+// appendRequest appends r as it goes over the wire: the inverse of parseRequest.
+func appendRequest(p []byte, r request) []byte {
+	p = be.AppendUint32(p, magicRequest)
+	p = be.AppendUint16(p, r.flags)
+	p = be.AppendUint16(p, r.cmd)
+	p = be.AppendUint64(p, r.cookie)
+	p = be.AppendUint64(p, uint64(r.off))
+	return be.AppendUint32(p, r.n)
 }
 
 // putSimple writes a simple reply's header to p.
