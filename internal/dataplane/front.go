@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"ashlar/internal/block/limit"
@@ -34,6 +36,7 @@ const (
 // heldListeners keeps listening sockets with the holder.
 type heldListeners struct {
 	holder holder
+	access export.Access
 	report func(name string, err error) // told of a kept socket that could not be used
 }
 
@@ -43,7 +46,7 @@ var _ export.Listeners = heldListeners{}
 func (h heldListeners) Listen(ctx context.Context, name, path string) (net.Listener, error) {
 	f, err := h.holder.Get(ctx, name)
 	if err == nil {
-		ln, err := export.Adopt(f, path)
+		ln, err := h.access.Adopt(f, path)
 		if err == nil {
 			return ln, nil
 		}
@@ -55,7 +58,7 @@ func (h heldListeners) Listen(ctx context.Context, name, path string) (net.Liste
 	if err := h.holder.Drop(ctx, name); err != nil {
 		return nil, err
 	}
-	ln, err := export.Bind(path)
+	ln, err := h.access.Bind(path)
 	if err != nil {
 		return nil, err
 	}
@@ -78,10 +81,30 @@ func (h heldListeners) Forget(ctx context.Context, name string) error {
 }
 
 // newFrontend returns the NBD frontend of this process.
-func newFrontend(cfg Config, l export.Listeners) (*export.NBD, error) {
+func newFrontend(cfg Config, l heldListeners) (*export.NBD, error) {
+	var err error
+	if l.access, err = socketAccess(cfg.SocketGroup); err != nil {
+		return nil, err
+	}
 	return export.NewNBD(export.NBDConfig{Dir: filepath.Join(cfg.RunDir, "nbd"), Listeners: l, Report: func(volume string, err error) {
 		cfg.Log.Debug("NBD connection ended", "volume", volume, "error", err)
 	}})
+}
+
+// socketAccess finds the group that may open volumes' sockets, by its name or its number. client.ErrInvalid.
+func socketAccess(group string) (export.Access, error) {
+	if group == "" {
+		return export.Access{}, nil
+	}
+	number := group
+	if g, err := user.LookupGroup(group); err == nil {
+		number = g.Gid
+	}
+	gid, err := strconv.ParseInt(number, 10, 32)
+	if err != nil || gid < 0 {
+		return export.Access{}, fmt.Errorf("group %q of the volumes' sockets: %w: there is no such group on this host", group, client.ErrInvalid)
+	}
+	return export.Access{GroupID: int(gid)}, nil
 }
 
 // enable exports a volume's device.

@@ -1,6 +1,9 @@
 package dataplane
 
 import (
+	"fmt"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"ashlar/internal/dataplane/client"
@@ -91,5 +94,31 @@ func TestLimits(t *testing.T) {
 	wantCode(t, "negative background", c.SetBackground(t.Context(), client.Background{BytesPerSecond: -1}), client.CodeInvalid)
 	if err := c.SetBackground(t.Context(), client.Background{BytesPerSecond: 1 << 20}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestSocketGroup: the group is found by name and number, and only volumes' sockets are its.
+func TestSocketGroup(t *testing.T) {
+	b := newBed(t)
+	for group, ok := range map[string]bool{"": true, "root": true, "0": true, fmt.Sprint(os.Getegid()): true, "no-such-group": false, "-1": false} {
+		cfg := b.cfg
+		cfg.SocketGroup = group
+		_, err := newFrontend(cfg, heldListeners{holder: b.holder})
+		if ok != (err == nil) || err != nil && client.CodeOf(err) != client.CodeInvalid {
+			t.Errorf("group %q: %v", group, err)
+		}
+	}
+	gid := os.Getegid()
+	if os.Geteuid() == 0 {
+		gid = 65534 // root may give to any
+	}
+	b.cfg.SocketGroup = fmt.Sprint(gid)
+	c := b.ready()
+	b.open(c, b.volume(c, 1, mib))
+	for name, mode := range map[string]os.FileMode{"nbd": 0o710, "nbd/vol1.sock": 0o660, "data": 0o700, "data/" + testVersion + ".sock": 0o600} {
+		info, err := os.Stat(filepath.Join(b.runDir, name))
+		if err != nil || info.Mode().Perm() != mode {
+			t.Errorf("%s: %v %v, want %v", name, info.Mode(), err, mode)
+		}
 	}
 }

@@ -34,6 +34,8 @@ type Config struct {
 	Job job.Config
 	// Direct goes around the page cache for guests' data (O_DIRECT).
 	Direct bool
+	// SocketGroup, unless empty, is a group, by name or number, that may open the volumes' NBD sockets beside root: libvirt's unprivileged QEMU, say.
+	SocketGroup string
 	// BootID is the host's; default: the kernel's.
 	BootID string
 	// OpenFS opens the directory of a disk; default disk.OpenReal.

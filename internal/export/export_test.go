@@ -43,7 +43,7 @@ func newFrontend(t *testing.T, dir string, l Listeners) *NBD {
 
 func newLocal(t *testing.T) *Local {
 	t.Helper()
-	l := NewLocal()
+	l := NewLocal(Access{})
 	t.Cleanup(func() {
 		if err := l.Close(); err != nil {
 			t.Error(err)
@@ -355,7 +355,7 @@ func TestRestart(t *testing.T) {
 func TestStaleSocket(t *testing.T) {
 	ctx := context.Background()
 	dir := t.TempDir()
-	lost := NewLocal()
+	lost := NewLocal(Access{})
 	n := newFrontend(t, dir, lost)
 	if _, err := n.Add(ctx, "v", disk(t, "dead"), Options{}); err != nil {
 		t.Fatal(err)
@@ -505,7 +505,7 @@ func TestConcurrent(t *testing.T) {
 }
 
 func TestConfig(t *testing.T) {
-	for _, cfg := range []NBDConfig{{}, {Dir: "relative", Listeners: NewLocal()}, {Dir: "/run"}} {
+	for _, cfg := range []NBDConfig{{}, {Dir: "relative", Listeners: NewLocal(Access{})}, {Dir: "/run"}} {
 		if _, err := NewNBD(cfg); err == nil {
 			t.Errorf("%+v accepted", cfg)
 		}

@@ -27,26 +27,59 @@ const MaxPathBytes = 107
 // Listeners keeps listening sockets by name. Both methods may be called concurrently for different names.
 type Listeners interface {
 	// Listen returns a listener on the unix socket at path: the one kept under name, with the connections that wait in it, if clients
-	// can still find it at path; else a new one (see Bind), which is kept from then on. Closing what it returns ends neither the
+	// can still find it at path; else a new one (see Access.Bind), which is kept from then on. Closing what it returns ends neither the
 	// socket that is kept nor its path.
 	Listen(ctx context.Context, name, path string) (net.Listener, error)
 	// Forget stops keeping the socket; the caller removes its path. A name that is not kept is no error.
 	Forget(ctx context.Context, name string) error
 }
 
-// Bind listens on a new unix socket at path, mode 0600 whatever the umask, in a directory that is made 0700. A socket there whose process is
+// Access says who may connect to a socket beside its owner and root. The zero Access is nobody.
+type Access struct {
+	// GroupID, unless 0, is a group that may: sockets are 0660, and their directory 0710, which lets it reach them but not look around.
+	GroupID int
+}
+
+func (a Access) modes() (dir, socket fs.FileMode) {
+	if a.GroupID == 0 {
+		return 0o700, 0o600
+	}
+	return 0o710, 0o660
+}
+
+// grant gives path to the group, and only then the group its rights. What is right already is left alone.
+func (a Access) grant(path string, mode fs.FileMode) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return fmt.Errorf("export: protect %s: %w", path, err)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); a.GroupID != 0 && (!ok || int(st.Gid) != a.GroupID) {
+		if err := os.Lchown(path, -1, a.GroupID); err != nil {
+			return fmt.Errorf("export: give %s to group %d: %w", path, a.GroupID, err)
+		}
+	} else if info.Mode().Perm() == mode {
+		return nil
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		return fmt.Errorf("export: protect %s: %w", path, err)
+	}
+	return nil
+}
+
+// Bind listens on a new unix socket at path, for its owner alone or with a group whatever the umask, in a directory that is made for it. A socket there whose process is
 // gone is replaced in one step, so that path is never missing; the listener does not remove it when it is closed.
 // It returns ErrPathTooLong, or ErrInUse when a process listens there or path is something else; then nothing was changed.
-func Bind(path string) (*net.UnixListener, error) {
+func (a Access) Bind(path string) (*net.UnixListener, error) {
 	if err := checkPath(path); err != nil {
 		return nil, err
 	}
+	dirMode, mode := a.modes()
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("export: make socket directory: %w", err)
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("export: protect socket directory: %w", err)
+	if err := a.grant(dir, dirMode); err != nil {
+		return nil, err
 	}
 	if err := checkStale(path); err != nil {
 		return nil, err
@@ -54,6 +87,9 @@ func Bind(path string) (*net.UnixListener, error) {
 	l, tmp, err := bindNew(dir, len(filepath.Base(path)))
 	if err != nil {
 		return nil, err
+	}
+	if err := a.grant(tmp, mode); err != nil {
+		return nil, errors.Join(err, l.Close(), os.Remove(tmp))
 	}
 	if err := os.Rename(tmp, path); err != nil {
 		return nil, errors.Join(fmt.Errorf("export: put socket in place: %w", err), l.Close(), os.Remove(tmp))
@@ -124,10 +160,10 @@ func checkStale(path string) error {
 	return fmt.Errorf("export: %s: %w", path, ErrInUse)
 }
 
-// Adopt makes a listener of a kept descriptor, which it takes over, provided that path still is a socket that clients find. It does not
+// Adopt makes a listener of a kept descriptor, which it takes over, provided that path still is a socket that clients find; who may connect is made what a says. It does not
 // remove path when it is closed.
-func Adopt(f *os.File, path string) (*net.UnixListener, error) {
-	l, err := adopt(f, path)
+func (a Access) Adopt(f *os.File, path string) (*net.UnixListener, error) {
+	l, err := a.adopt(f, path)
 	if closeErr := f.Close(); closeErr != nil && err == nil {
 		return nil, errors.Join(fmt.Errorf("export: use kept socket: %w", closeErr), l.Close())
 	}
@@ -135,13 +171,17 @@ func Adopt(f *os.File, path string) (*net.UnixListener, error) {
 }
 
 // adopt is Adopt with a duplicate of f.
-func adopt(f *os.File, path string) (*net.UnixListener, error) {
+func (a Access) adopt(f *os.File, path string) (*net.UnixListener, error) {
 	info, err := os.Lstat(path)
 	if err != nil {
 		return nil, fmt.Errorf("export: look at kept socket: %w", err)
 	}
 	if info.Mode().Type() != fs.ModeSocket {
 		return nil, fmt.Errorf("export: %s is not a socket: %w", path, ErrInUse)
+	}
+	dirMode, mode := a.modes()
+	if err := errors.Join(a.grant(filepath.Dir(path), dirMode), a.grant(path, mode)); err != nil {
+		return nil, err
 	}
 	l, err := net.FileListener(f)
 	if err != nil {
@@ -157,14 +197,16 @@ func adopt(f *os.File, path string) (*net.UnixListener, error) {
 
 // Local is a Listeners that keeps sockets in this process. It survives what uses it, but not the process.
 type Local struct {
+	access Access
+
 	mu   sync.Mutex          // guards kept
 	kept map[string]*os.File // by name
 }
 
 var _ Listeners = (*Local)(nil)
 
-// NewLocal returns a Local that keeps nothing yet.
-func NewLocal() *Local { return &Local{kept: map[string]*os.File{}} }
+// NewLocal returns a Local that keeps nothing yet, and lets in whom a says.
+func NewLocal(a Access) *Local { return &Local{access: a, kept: map[string]*os.File{}} }
 
 // Listen implements Listeners.
 func (h *Local) Listen(_ context.Context, name, path string) (net.Listener, error) {
@@ -172,7 +214,7 @@ func (h *Local) Listen(_ context.Context, name, path string) (net.Listener, erro
 	defer h.mu.Unlock()
 	if f := h.kept[name]; f != nil {
 		// FileListener duplicates the descriptor itself; f.Fd is not used, because it would make the socket blocking for everybody.
-		if l, err := adopt(f, path); err == nil {
+		if l, err := h.access.adopt(f, path); err == nil {
 			return l, nil
 		}
 		// Nobody finds it any more: its path is gone. A new one takes its place.
@@ -181,7 +223,7 @@ func (h *Local) Listen(_ context.Context, name, path string) (net.Listener, erro
 			return nil, fmt.Errorf("export: close lost socket: %w", err)
 		}
 	}
-	l, err := Bind(path)
+	l, err := h.access.Bind(path)
 	if err != nil {
 		return nil, err
 	}
