@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -34,6 +35,10 @@ type Options struct {
 	BootID   BootID // required unless ReadOnly; see there what it must name
 	ReadOnly bool   // Open: take no lock and write nothing; recovery happens in memory
 	Salvage  bool   // Open: also open a layer whose flush failed; what it had not flushed may be gone
+
+	// Pace, if not nil, is asked before background work (Settle, Prune, Merge into the layer) moves n bytes more, and may wait; its error ends the work, which may be
+	// done again. It is called without locks that guests' I/O needs.
+	Pace func(ctx context.Context, n int64) error
 
 	limits limits // for tests: small ones make every rare thing frequent
 }
@@ -74,12 +79,18 @@ type Layer struct {
 	readOnly bool
 	limits   limits
 	boot     BootID
+	pace     func(ctx context.Context, n int64) error // Options.Pace
 
 	refs    atomic.Int64
 	failed  atomic.Bool // a Sync or the log failed: no write, flush or header change succeeds any more
 	summed  atomic.Bool // Meta.Sums: compare every read
 	sealed  atomic.Bool // Meta.State: its map only loses units from now on
 	overlay map[int64][]byte
+
+	countMu sync.Mutex      // keeps counting apart from a seal and from pruning
+	data    atomic.Int64    // Data units of the tallied pages
+	tallied []atomic.Uint64 // a bit for each map page: count.go
+	counted atomic.Bool     // all pages are
 
 	presentMu sync.Mutex // held while an element of present is made or changed
 	present   []atomic.Pointer[presence]
@@ -125,7 +136,7 @@ func Create(fsys disk.FS, name string, m Meta, sizeBytes int64, o Options) (*Lay
 	if err != nil {
 		return nil, fmt.Errorf("layer: create %s: %w", name, mapError(err))
 	}
-	l := &Layer{fsys: fsys, name: name, f: f, sb: sb, limits: lim, boot: o.BootID}
+	l := &Layer{fsys: fsys, name: name, f: f, sb: sb, limits: lim, boot: o.BootID, pace: o.Pace}
 	if err := l.initialize(m); err != nil {
 		// The file was never whole; nobody else knows it.
 		return nil, errors.Join(fmt.Errorf("layer: create %s: %w", name, mapError(err)), f.Close(), fsys.Remove(name))
@@ -151,6 +162,7 @@ func (l *Layer) initialize(m Meta) error {
 		return err
 	}
 	l.open(m)
+	l.startCount(0, true)
 	if err := l.storeMeta(m); err != nil { // syncs the whole file
 		return err
 	}
@@ -164,6 +176,10 @@ func (l *Layer) open(m Meta) {
 	l.summed.Store(m.Sums)
 	l.sealed.Store(m.State == StateSealed)
 	l.present = make([]atomic.Pointer[presence], (l.mapPages()+presencePages-1)/presencePages)
+	l.tallied = make([]atomic.Uint64, (l.mapPages()+63)/64)
+	if m.Settled && m.DataBytes != nil { // before it is settled, a power cut may have taken some away
+		l.startCount(*m.DataBytes/unitBytes, true)
+	}
 }
 
 func (l *Layer) mapPages() int64 { return (l.sb.units() + pageUnits - 1) / pageUnits }
@@ -244,7 +260,7 @@ func openFile(fsys disk.FS, name string, o Options) (*Layer, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &Layer{fsys: fsys, name: name, f: f, readOnly: o.ReadOnly, limits: o.limits.withDefaults(), boot: o.BootID}
+	l := &Layer{fsys: fsys, name: name, f: f, readOnly: o.ReadOnly, limits: o.limits.withDefaults(), boot: o.BootID, pace: o.Pace}
 	if err := l.load(o); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
@@ -291,6 +307,14 @@ func (l *Layer) freeLog() error {
 		return err
 	}
 	return l.f.Punch(l.sb.Log.Off, l.sb.Log.N)
+}
+
+// paced waits until background work may move n bytes more.
+func (l *Layer) paced(ctx context.Context, n int64) error {
+	if err := ctx.Err(); err != nil || l.pace == nil {
+		return err
+	}
+	return l.pace(ctx, n)
 }
 
 // Retain takes one more reference and returns l.
@@ -345,12 +369,12 @@ func (l *Layer) Meta() Meta {
 }
 
 // SetMeta changes the header, and returns once the change survives a power cut; after an error the old or the new one is there. edit must not
-// change ID, State, Settled, Sums or Failed (ErrState). The header's JSON must fit into 32 KiB (disk.ErrTooLarge).
+// change ID, State, Settled, Sums, Failed, Pruned or DataBytes (ErrState). The header's JSON must fit into 32 KiB (disk.ErrTooLarge).
 func (l *Layer) SetMeta(edit func(*Meta)) error {
 	return l.changeMeta(func(m *Meta) error {
 		before := *m
 		edit(m)
-		if m.ID != before.ID || m.State != before.State || m.Settled != before.Settled || m.Sums != before.Sums || m.Failed != before.Failed {
+		if m.ID != before.ID || m.State != before.State || m.Settled != before.Settled || m.Sums != before.Sums || m.Failed != before.Failed || m.Pruned != before.Pruned || m.DataBytes != before.DataBytes {
 			return ErrState
 		}
 		return nil

@@ -229,7 +229,7 @@ func TestMergeRot(t *testing.T) {
 	must(t, lower.Settle(context.Background()))
 	_, err := lower.f.WriteAt([]byte{99}, lower.sb.Data.Off+4*unitBytes)
 	must(t, err)
-	_, err = Merge(context.Background(), mem, "m", MergeSpec{Upper: upper, Lower: lower, Meta: testMeta(), Options: Options{BootID: testBoot}})
+	_, err = Merge(context.Background(), mem, "m", MergeSpec{Layers: []*Layer{upper, lower}, Meta: testMeta(), Options: Options{BootID: testBoot}})
 	wantErr(t, err, block.ErrCorrupt)
 	if ok, err := disk.Exists(mem, "m"); ok || err != nil {
 		t.Error("a failed merge left its file")
@@ -286,9 +286,9 @@ func TestSlotsRunOut(t *testing.T) {
 		}
 		sealOver(t, mem, s, i, size, lim)
 		if layers := s.Layers(); len(layers) > 3 {
-			merged, err := Merge(context.Background(), mem, fmt.Sprintf("m%d", i), MergeSpec{Upper: layers[1], Lower: layers[2], Meta: testMeta(), Options: Options{BootID: testBoot, limits: lim}})
+			merged, err := Merge(context.Background(), mem, fmt.Sprintf("m%d", i), MergeSpec{Layers: []*Layer{layers[1], layers[2]}, Meta: testMeta(), Options: Options{BootID: testBoot, limits: lim}})
 			must(t, err)
-			must(t, s.ReplaceMerged(layers[1], layers[2], merged))
+			must(t, s.ReplaceMerged([]*Layer{layers[1], layers[2]}, merged))
 			must(t, merged.Close())
 		}
 		for u, id := range model {
@@ -335,7 +335,7 @@ func TestSpace(t *testing.T) {
 		must(t, lower.SetMeta(func(m *Meta) { m.Snapshot.Removed = true }))
 		before, err := lower.AllocatedBytes()
 		must(t, err)
-		freed, err := s.Prune(context.Background(), lower)
+		freed, err := s.Prune(context.Background(), lower, nil)
 		must(t, err)
 		after, err := lower.AllocatedBytes()
 		must(t, err)
@@ -357,11 +357,11 @@ func TestSpace(t *testing.T) {
 func TestPruneNeedsConsent(t *testing.T) {
 	mem := disk.NewMem(disk.MemOptions{})
 	s := ownedStack(t, []*Layer{newHead(t, mem, 0, 1<<20, limits{})}, StackOptions{})
-	_, err := s.Prune(context.Background(), s.Layers()[0])
+	_, err := s.Prune(context.Background(), s.Layers()[0], nil)
 	wantErr(t, err, ErrState)
 	sealOver(t, mem, s, 1, 1<<20, limits{})
 	must(t, s.Layers()[1].Settle(context.Background()))
-	_, err = s.Prune(context.Background(), s.Layers()[1])
+	_, err = s.Prune(context.Background(), s.Layers()[1], nil)
 	wantErr(t, err, ErrState)
 	must(t, s.Close())
 }
@@ -372,7 +372,7 @@ func TestMergeCancelled(t *testing.T) {
 	layers := sealedLayers(t, mem, 2, 1<<20, limits{})
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	_, err := Merge(ctx, mem, "m", MergeSpec{Upper: layers[0], Lower: layers[1], Meta: testMeta(), Options: Options{BootID: testBoot}})
+	_, err := Merge(ctx, mem, "m", MergeSpec{Layers: []*Layer{layers[0], layers[1]}, Meta: testMeta(), Options: Options{BootID: testBoot}})
 	wantErr(t, err, context.Canceled)
 	if ok, err := disk.Exists(mem, "m"); ok || err != nil {
 		t.Error("a cancelled merge left its file")
@@ -403,7 +403,7 @@ func TestStackRefuses(t *testing.T) {
 	wantErr(t, err, block.ErrReadOnly)
 	wantErr(t, s.Zero(0, 4096), block.ErrReadOnly)
 	must(t, s.Flush())
-	wantErr(t, s.ReplaceMerged(a, b, a), ErrState)
+	wantErr(t, s.ReplaceMerged([]*Layer{a, b}, a), ErrState)
 	tiny := newHead(t, mem, 2, 1<<19, limits{})
 	wantErr(t, s.PushHead(tiny), ErrState)
 	must(t, tiny.Close())
@@ -489,14 +489,14 @@ func TestChangesUnderLoad(t *testing.T) {
 		layers := s.Layers()
 		must(t, layers[1].SetMeta(func(m *Meta) { m.Snapshot.Removed = true }))
 		must(t, layers[1].Settle(context.Background()))
-		_, err = s.Prune(context.Background(), layers[1])
+		_, err = s.Prune(context.Background(), layers[1], nil)
 		must(t, err)
 		if len(layers) > 3 {
 			k := 1 + i%(len(layers)-2)
-			merged, err := Merge(context.Background(), mem, fmt.Sprintf("m%d", i), MergeSpec{Upper: layers[k], Lower: layers[k+1], Meta: testMeta(), Options: Options{BootID: testBoot, limits: lim}})
+			merged, err := Merge(context.Background(), mem, fmt.Sprintf("m%d", i), MergeSpec{Layers: []*Layer{layers[k], layers[k+1]}, Meta: testMeta(), Options: Options{BootID: testBoot, limits: lim}})
 			must(t, err)
 			must(t, merged.SetMeta(func(m *Meta) { m.Snapshot = &Snapshot{Name: "m"} }))
-			must(t, s.ReplaceMerged(layers[k], layers[k+1], merged))
+			must(t, s.ReplaceMerged([]*Layer{layers[k], layers[k+1]}, merged))
 			must(t, merged.Close())
 		}
 	}

@@ -121,6 +121,7 @@ type entry struct {
 	sums    []byte // kindWrite
 	fresh   bool   // the units are not in the current interval yet
 	proven  bool   // the units are Data that is in U: their last record must match their bytes
+	grow    int64  // the Data units that the layer has more of afterwards
 }
 
 // bytes is what the record takes.

@@ -13,30 +13,47 @@ import (
 
 // MergeSpec says what Merge makes.
 type MergeSpec struct {
-	Upper, Lower *Layer // sealed; Lower is Upper's parent, and not larger
-	// Meta is the new layer's header. ID is new; State, Settled and Sums are set by Merge.
+	// Layers are those to be made one, uppermost first, each standing on the next: at least two, at most 2047, all sealed, none larger than the one above it.
+	Layers []*Layer
+	// Meta is the new layer's header. ID is new; State, Settled, Sums, DataBytes and Pruned are set by Merge.
 	Meta     Meta
 	Options  Options
-	Progress func(doneBytes, totalBytes int64) // may be nil; total is Upper's size
+	Progress func(doneBytes, totalBytes int64) // may be nil; total is the uppermost layer's size
 }
 
-// Merge makes one sealed and settled layer of two, durable with its name: what Upper has, and what Lower has where Upper is Absent. Extents are shared where the
-// file system can, else copied and compared with their checksums (block.ErrCorrupt). The result has checksums if both have, or if it was copied;
-// otherwise Settle makes them. A failure or a cancelled ctx leaves no file; a crash leaves one in state building. Upper and Lower stay as they are, and must not be pruned
+// upper is the uppermost layer.
+func (s *MergeSpec) upper() *Layer { return s.Layers[0] }
+
+// check returns ErrState if the layers cannot be merged.
+func (s *MergeSpec) check() error {
+	if len(s.Layers) < 2 || len(s.Layers) > maxSlot {
+		return fmt.Errorf("layer: merge %d layers: %w", len(s.Layers), ErrState)
+	}
+	for i, l := range s.Layers {
+		if !l.sealed.Load() || i > 0 && l.sb.SizeBytes > s.Layers[i-1].sb.SizeBytes {
+			return fmt.Errorf("layer: merge layer %s: not sealed, or larger than the one above it: %w", l.sb.ID, ErrState)
+		}
+	}
+	return nil
+}
+
+// Merge makes one sealed and settled layer of several, durable with its name: of each unit what the uppermost layer has that has it. Extents are shared where the
+// file system can, else copied and compared with their checksums (block.ErrCorrupt). The result has checksums if all have, or if it was copied;
+// otherwise Settle makes them. A failure or a cancelled ctx leaves no file; a crash leaves one in state building. The layers stay as they are, and must not be pruned
 // meanwhile.
 func Merge(ctx context.Context, fsys disk.FS, name string, spec MergeSpec) (*Layer, error) {
-	if !spec.Upper.sealed.Load() || !spec.Lower.sealed.Load() || spec.Lower.sb.SizeBytes > spec.Upper.sb.SizeBytes {
-		return nil, fmt.Errorf("layer: merge %s and %s: not sealed, or the lower one is larger: %w", spec.Upper.sb.ID, spec.Lower.sb.ID, ErrState)
+	if err := spec.check(); err != nil {
+		return nil, err
 	}
 	m := spec.Meta.clone()
-	m.State, m.Settled, m.Sums, m.Failed = StateBuilding, false, false, false
-	l, err := Create(fsys, name, m, spec.Upper.sb.SizeBytes, spec.Options)
+	m.State, m.Settled, m.Sums, m.Failed, m.DataBytes, m.Pruned = StateBuilding, false, false, false, nil, false
+	l, err := Create(fsys, name, m, spec.upper().sb.SizeBytes, spec.Options)
 	if err != nil {
 		return nil, err
 	}
 	g := &merger{ctx: ctx, spec: spec, into: l, share: true, summed: true, buf: make([]byte, sumChunk)}
 	if err := g.run(); err != nil {
-		err = fmt.Errorf("layer: merge %s and %s: %w", spec.Upper.sb.ID, spec.Lower.sb.ID, mapError(err))
+		err = fmt.Errorf("layer: merge %s and %d below it: %w", spec.upper().sb.ID, len(spec.Layers)-1, mapError(err))
 		return nil, errors.Join(err, l.Close(), fsys.Remove(name), fsys.SyncDir(path.Dir(name)))
 	}
 	return l, nil
@@ -70,8 +87,8 @@ func (g *merger) run() error {
 		return err
 	}
 	err := l.changeMeta(func(m *Meta) error {
-		m.State, m.Settled, m.Sums = StateSealed, true, g.summed
-		return nil
+		m.State, m.Settled, m.Sums, m.Pruned = StateSealed, true, g.summed, g.spec.upper().Meta().Pruned
+		return l.noteCount(m)
 	})
 	if err != nil {
 		return err
@@ -81,59 +98,49 @@ func (g *merger) run() error {
 
 // page makes one map page of the result, with its units and checksums.
 func (g *merger) page(page int64) error {
-	var codes, lower [pageBytes]byte
-	inUpper, err := g.codes(g.spec.Upper, page, codes[:])
-	if err != nil {
-		return err
+	ld := loaders.Get().(*loader)
+	defer loaders.Put(ld)
+	ld.reset()
+	found := false
+	for i, l := range g.spec.Layers {
+		has, err := l.hasPage(page)
+		if err == nil && has {
+			has, err = l.readPage(page, ld.codes[:])
+		}
+		if err != nil {
+			return err
+		}
+		if has {
+			found = true
+			ld.overlay(i+1, l.sb.units()-page*pageUnits)
+		}
 	}
-	inLower, err := g.codes(g.spec.Lower, page, lower[:])
-	if err != nil || !inUpper && !inLower {
-		return err
+	if !found {
+		return nil
 	}
 	clear(g.sums[:])
+	var codes [pageBytes]byte
 	units := int(min(pageUnits, g.into.sb.units()-page*pageUnits))
 	for i := 0; i < units; {
-		from, state, n := g.choose(codes[:], lower[:], i, units)
-		if state == block.Data {
-			if err := g.copy(from, page*pageUnits+int64(i), int64(n)); err != nil {
-				return err
-			}
+		src, n := ld.sources[i], 1
+		for i+n < units && ld.sources[i+n] == src {
+			n++
 		}
-		if from == g.spec.Lower {
+		if state := src.state(); state != block.Absent {
 			setCodes(codes[:], i, n, state)
+			if state == block.Data {
+				if err := g.copy(g.spec.Layers[src.slot()-1], page*pageUnits+int64(i), int64(n)); err != nil {
+					return err
+				}
+			}
 		}
 		i += n
 	}
 	if _, err := g.into.f.WriteAt(codes[:], g.into.sb.Map.Off+page*pageBytes); err != nil {
 		return err
 	}
+	g.into.data.Add(countData(codes[:]))
 	return g.writeSums(page)
-}
-
-// codes reads a map page, if the layer has it.
-func (g *merger) codes(l *Layer, page int64, codes []byte) (bool, error) {
-	has, err := l.hasPage(page)
-	if err != nil || !has {
-		return false, err
-	}
-	return l.readPage(page, codes)
-}
-
-// choose returns the layer that unit i of a page comes from, its state, and how many units follow of which both are true.
-func (g *merger) choose(upper, lower []byte, i, units int) (from *Layer, state block.State, n int) {
-	at := func(i int) (*Layer, block.State) {
-		if s := codeAt(upper, i); s != block.Absent {
-			return g.spec.Upper, s
-		}
-		return g.spec.Lower, codeAt(lower, i)
-	}
-	from, state = at(i)
-	for n = 1; i+n < units; n++ {
-		if f, s := at(i + n); f != from || s != state {
-			break
-		}
-	}
-	return from, state, n
 }
 
 // copy takes n Data units of a layer over.
@@ -150,10 +157,10 @@ func (g *merger) copy(from *Layer, unit, n int64) error {
 		g.share = false
 	}
 	for n > 0 {
-		if err := g.ctx.Err(); err != nil {
+		p := g.buf[:min(n*unitBytes, int64(len(g.buf)))]
+		if err := g.into.paced(g.ctx, 2*int64(len(p))); err != nil {
 			return err
 		}
-		p := g.buf[:min(n*unitBytes, int64(len(g.buf)))]
 		if _, err := from.f.ReadAt(p, from.sb.Data.Off+unit*unitBytes); err != nil {
 			return err
 		}

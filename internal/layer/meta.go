@@ -53,13 +53,16 @@ const (
 
 // Meta is a layer's changeable header, section 4 of docs/formats/layer.md. Fields this version does not know are kept.
 type Meta struct {
-	ID        ID        `json:"id"`
-	Parent    ID        `json:"parent,omitempty"`
-	Kind      Kind      `json:"kind"`
-	State     State     `json:"state"`
-	Settled   bool      `json:"settled,omitempty"` // sealed, map complete, log empty and freed
-	Sums      bool      `json:"sums,omitempty"`    // the checksums are complete: every read is compared
-	Failed    bool      `json:"failed,omitempty"`  // a flush failed; opening needs salvage
+	ID      ID    `json:"id"`
+	Parent  ID    `json:"parent,omitempty"`
+	Kind    Kind  `json:"kind"`
+	State   State `json:"state"`
+	Settled bool  `json:"settled,omitempty"` // sealed, map complete, log empty and freed
+	Sums    bool  `json:"sums,omitempty"`    // the checksums are complete: every read is compared
+	Failed  bool  `json:"failed,omitempty"`  // a flush failed; opening needs salvage
+	// DataBytes is 4096 times the number of Data units; only in a settled layer, and not while it is pruned. Nil: to be counted.
+	DataBytes *int64    `json:"dataBytes,omitempty"`
+	Pruned    bool      `json:"pruned,omitempty"` // units that a younger layer hides were taken away: it reads as nothing of its own any more
 	VolumeID  string    `json:"volumeID,omitempty"`
 	Volume    string    `json:"volume,omitempty"` // the volume's name when the layer was made
 	ReplicaID string    `json:"replicaID,omitempty"`
@@ -119,7 +122,7 @@ func (m *Meta) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, &all); err != nil {
 		return err
 	}
-	for _, k := range []string{"id", "parent", "kind", "state", "settled", "sums", "failed", "volumeID", "volume", "replicaID", "snapshot", "image", "created"} {
+	for _, k := range []string{"id", "parent", "kind", "state", "settled", "sums", "failed", "dataBytes", "pruned", "volumeID", "volume", "replicaID", "snapshot", "image", "created"} {
 		delete(all, k)
 	}
 	if len(all) > 0 {
@@ -150,6 +153,9 @@ func (m *Meta) check() error {
 	case StateSealed:
 		if m.Sums && !m.Settled {
 			return fmt.Errorf("sums without settled: %w", block.ErrCorrupt)
+		}
+		if m.DataBytes != nil && (*m.DataBytes < 0 || *m.DataBytes > MaxSizeBytes || *m.DataBytes%unitBytes != 0) {
+			return fmt.Errorf("%d bytes of data: %w", *m.DataBytes, block.ErrCorrupt)
 		}
 	default:
 		return fmt.Errorf("state %q: %w", m.State, block.ErrCorrupt)

@@ -29,6 +29,7 @@ func TestModel(t *testing.T) {
 				w.mem.KillProcess()
 				w.open()
 				w.check("after a kill", fromAcked, true)
+				w.checkCounts("after a kill")
 			case 1:
 				w.note("power cut")
 				w.boot++
@@ -36,6 +37,7 @@ func TestModel(t *testing.T) {
 				w.open()
 				w.check("after a power cut", fromFloor, true)
 				w.checkSnapshots("after a power cut")
+				w.checkCounts("after a power cut")
 			default:
 				if err := w.step(); err != nil {
 					w.fatalf("seed %d: %v", seed, err)
@@ -44,6 +46,7 @@ func TestModel(t *testing.T) {
 		}
 		w.check("at the end", fromAcked, false)
 		w.checkSnapshots("at the end")
+		w.checkCounts("at the end")
 		w.must(w.stack.Close(), "close")
 	}
 	t.Logf("model steps: %d, seeds 0 to %d", total, steps(t, 40)-1)

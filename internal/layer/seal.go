@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 )
@@ -37,13 +38,15 @@ func (w *writer) seal(edit func(*Meta)) error {
 	if err := w.usable(); err != nil {
 		return err
 	}
+	w.l.countMu.Lock()
+	defer w.l.countMu.Unlock()
 	w.stop()
 	err := w.l.changeMeta(func(m *Meta) error {
 		before := *m
 		if edit != nil {
 			edit(m)
 		}
-		if m.ID != before.ID || m.State != before.State || m.Settled || m.Sums || m.Failed {
+		if m.ID != before.ID || m.State != before.State || m.Settled || m.Sums || m.Failed || m.Pruned || m.DataBytes != nil {
 			return ErrState
 		}
 		m.State = StateSealed
@@ -122,30 +125,35 @@ func (s *Stack) renumber(v *view, h *Layer) error {
 	return nil
 }
 
-// ReplaceMerged puts merged in the place of upper and lower, neighbours in this stack, and releases them. I/O goes on. The headers stay as they are: the
-// caller gives upper's children their new Parent.
-func (s *Stack) ReplaceMerged(upper, lower, merged *Layer) error {
+// ReplaceMerged puts merged in the place of those it was made of, uppermost first and neighbours in this stack, and releases them. I/O goes on. The headers stay as they are: the
+// caller gives the uppermost one's children their new Parent.
+func (s *Stack) ReplaceMerged(old []*Layer, merged *Layer) error {
 	if err := s.lock(); err != nil {
 		return fmt.Errorf("layer: replace merged layers: %w", err)
 	}
 	defer s.unlock()
 	v := s.view.Load()
-	at := slices.IndexFunc(v.chain, func(slot int) bool { return v.layers[slot] == upper })
-	if at < 0 || at+1 == len(v.chain) || v.layers[v.chain[at+1]] != lower || !merged.sealed.Load() || merged.sb.SizeBytes != upper.sb.SizeBytes {
-		return fmt.Errorf("layer: replace %s and %s by %s: not neighbours, or not sealed: %w", upper.sb.ID, lower.sb.ID, merged.sb.ID, ErrState)
+	at := slices.IndexFunc(v.chain, func(slot int) bool { return v.layers[slot] == old[0] })
+	ok := at >= 0 && at+len(old) <= len(v.chain) && merged.sealed.Load() && merged.sb.SizeBytes == old[0].sb.SizeBytes
+	for i := 0; ok && i < len(old); i++ {
+		ok = v.layers[v.chain[at+i]] == old[i]
+	}
+	if !ok {
+		return fmt.Errorf("layer: replace %s and %d below it by %s: not neighbours, or not sealed: %w", old[0].sb.ID, len(old)-1, merged.sb.ID, ErrState)
 	}
 	n := *v
 	n.layers = slices.Clone(v.layers)
 	for slot, l := range n.layers {
-		if l == upper || l == lower {
+		if slices.Contains(old, l) {
 			n.layers[slot] = merged
 		}
 	}
-	n.chain = slices.Delete(slices.Clone(v.chain), at+1, at+2)
+	n.chain = slices.Delete(slices.Clone(v.chain), at+1, at+len(old))
 	merged.Retain()
 	s.view.Store(&n)
-	if err := upper.Close(); err != nil {
-		return err
+	var errs []error
+	for _, l := range old {
+		errs = append(errs, l.Close())
 	}
-	return lower.Close()
+	return errors.Join(errs...)
 }

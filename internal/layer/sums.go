@@ -60,15 +60,25 @@ func (l *Layer) Settle(ctx context.Context) error {
 	if m.State != StateSealed {
 		return fmt.Errorf("layer %s: settle: state %s: %w", l.sb.ID, m.State, ErrState)
 	}
-	if m.Sums {
+	if m.Sums && m.DataBytes != nil {
 		return nil
+	}
+	if err := l.count(ctx, nil); err != nil {
+		return fmt.Errorf("layer: settle: %w", err)
+	}
+	if m.Sums {
+		return l.changeMeta(l.noteCount)
 	}
 	if !m.Settled {
 		if err := l.f.Sync(); err != nil { // the map, which was written after the seal
 			l.fail()
 			return fmt.Errorf("layer %s: settle: %w", l.sb.ID, mapError(err))
 		}
-		if err := l.changeMeta(func(m *Meta) error { m.Settled = true; return nil }); err != nil {
+		err := l.changeMeta(func(m *Meta) error {
+			m.Settled = true
+			return l.noteCount(m)
+		})
+		if err != nil {
 			return err
 		}
 		if err := l.f.Punch(l.sb.Log.Off, l.sb.Log.N); err != nil {
@@ -81,7 +91,19 @@ func (l *Layer) Settle(ctx context.Context) error {
 	if err := l.computeSums(ctx); err != nil {
 		return fmt.Errorf("layer %s: compute checksums: %w", l.sb.ID, mapError(err))
 	}
-	return l.changeMeta(func(m *Meta) error { m.Sums = true; return nil })
+	return l.changeMeta(func(m *Meta) error {
+		m.Sums = true
+		return l.noteCount(m)
+	})
+}
+
+// noteCount puts the count into a header that is to be settled; workMu is held.
+func (l *Layer) noteCount(m *Meta) error {
+	m.DataBytes = nil
+	if n, known := l.DataBytes(); known {
+		m.DataBytes = &n
+	}
+	return nil
 }
 
 // trim frees what writes that failed, or a kill, left in units that are not Data.
@@ -194,10 +216,13 @@ func (l *Layer) computeSums(ctx context.Context) error {
 		found := false
 		err := l.eachData(region, buf, func(unit int64, p []byte) error {
 			found = true
+			if err := l.paced(ctx, int64(len(p))); err != nil {
+				return err
+			}
 			for ; len(p) > 0; p, unit = p[unitBytes:], unit+1 {
 				binary.LittleEndian.PutUint32(sums[unit%regionUnits*4:], unitSum(p[:unitBytes]))
 			}
-			return ctx.Err()
+			return nil
 		})
 		if err != nil || !found {
 			return err

@@ -429,7 +429,7 @@ func (w *world) prune() error {
 	if err := l.Settle(context.Background()); err != nil && !errors.Is(err, block.ErrNoSpace) {
 		return err
 	}
-	_, err := w.stack.Prune(context.Background(), l)
+	_, err := w.stack.Prune(context.Background(), l, nil)
 	return err
 }
 
@@ -438,31 +438,34 @@ func (w *world) forget(name string) {
 	w.snaps = slices.DeleteFunc(w.snaps, func(s snapshot) bool { return s.chain[0] == name })
 }
 
-// merge makes one layer of two neighbours, of which the lower is removed; if none is, the lower of a random pair is removed first.
+// merge makes one layer of two or more neighbours, all but the uppermost of which are removed first.
 func (w *world) merge() error {
 	if len(w.chain) < 4 {
 		return nil
 	}
 	i := 1 + w.rand.IntN(len(w.chain)-3)
-	upper, lower := w.stack.Layers()[i], w.stack.Layers()[i+1]
-	w.forget(w.chain[i+1])
+	n := 2 + w.rand.IntN(len(w.chain)-2-i)
+	layers := slices.Clone(w.stack.Layers()[i : i+n])
+	old := slices.Clone(w.chain[i : i+n])
+	for _, name := range old[1:] {
+		w.forget(name)
+	}
 	w.files++
 	name := fmt.Sprintf("d%d.m%d", w.depth, w.files)
 	m := testMeta()
-	m.Snapshot = upper.Meta().Snapshot
-	merged, err := Merge(context.Background(), w.mem, name, MergeSpec{Upper: upper, Lower: lower, Meta: m, Options: w.options()})
+	m.Snapshot = layers[0].Meta().Snapshot
+	merged, err := Merge(context.Background(), w.mem, name, MergeSpec{Layers: layers, Meta: m, Options: w.options()})
 	if err != nil {
 		return err
 	}
-	w.must(w.stack.ReplaceMerged(upper, lower, merged), "replace merged")
+	w.must(w.stack.ReplaceMerged(layers, merged), "replace merged")
 	w.must(merged.Close(), "close")
-	old := []string{w.chain[i], w.chain[i+1]}
 	swap := func(chain []string) []string {
 		at := slices.Index(chain, old[0])
 		if at < 0 {
 			return chain
 		}
-		return slices.Insert(slices.Delete(slices.Clone(chain), at, at+2), at, name)
+		return slices.Insert(slices.Delete(slices.Clone(chain), at, at+n), at, name)
 	}
 	w.chain = swap(w.chain)
 	for k := range w.snaps {
@@ -551,6 +554,7 @@ func (w *world) step() error {
 		w.note("check")
 		w.check("live", fromAcked, false)
 		w.checkSnapshots("live")
+		w.checkCounts("live")
 	}
 	return nil
 }

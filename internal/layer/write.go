@@ -243,8 +243,12 @@ func (w *writer) addEntry(c *change, e entry, src source) {
 		if e.fresh {
 			c.fresh += int(e.n)
 		}
+		if !e.proven { // Absent or Zero in the head; Data in the head needs no record but in U
+			e.grow = e.n
+		}
 	} else if src.slot() == w.slot {
 		c.punch = append(c.punch, unitRange{e.unit, e.n})
+		e.grow = -e.n
 	}
 	c.bytes += e.bytes()
 	c.entries = append(c.entries, e)
@@ -306,6 +310,9 @@ func (w *writer) setSources(entries []entry, src source, code int) {
 	for i := range entries {
 		e := &entries[i]
 		now := src.uncovered(code, e.covered)
+		if e.grow != 0 && w.l.isTallied(e.unit/pageUnits) {
+			w.l.data.Add(e.grow)
+		}
 		for at, left := e.unit, e.n; left > 0; {
 			in := at % regionUnits
 			n := min(left, regionUnits-in)

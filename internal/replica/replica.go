@@ -96,12 +96,18 @@ const (
 	VerbMerge    = "merge"
 )
 
-// Merge makes one layer of two sealed ones, of which Lower is marked removed and Upper is its only child. Into is a new id and
-// carries Upper's snapshot. Prepare builds it while I/O goes on; Change swaps it in and then drops the two.
+// Merge makes one layer of neighbouring sealed ones, each the only child of the one below it, of which all but Upper are marked removed. Into is a new id and
+// carries Upper's snapshot. Prepare builds it while I/O goes on; Change swaps it in and then drops those it was made of.
 type Merge struct {
-	Lower LayerID `json:"lower"`
-	Upper LayerID `json:"upper"`
-	Into  LayerID `json:"into"`
+	Lower   LayerID   `json:"lower"`
+	Upper   LayerID   `json:"upper"`
+	Between []LayerID `json:"between,omitempty"` // if there are more than two: those between Upper and Lower, uppermost first
+	Into    LayerID   `json:"into"`
+}
+
+// Layers returns all that become one, uppermost first.
+func (m Merge) Layers() []LayerID {
+	return append(append([]LayerID{m.Upper}, m.Between...), m.Lower)
 }
 
 // SnapshotMeta is what is said of a snapshot.
@@ -120,8 +126,39 @@ type LayerInfo struct {
 	Head           bool          `json:"head"`
 	Snapshot       *SnapshotMeta `json:"snapshot,omitempty"` // nil for the head
 	SizeBytes      int64         `json:"sizeBytes"`
-	AllocatedBytes int64         `json:"allocatedBytes"`
-	Verified       bool          `json:"verified"` // sealed and its checksums are complete
+	AllocatedBytes int64         `json:"allocatedBytes"` // of the file, metadata included
+	DataBytes      int64         `json:"dataBytes"`      // guest data this layer alone holds: units in state Data. -1: not counted yet since it was opened (Replica.Count)
+	Pinned         bool          `json:"pinned"`         // an open snapshot reads it: purge and merge pass it by
+	Pruned         bool          `json:"pruned"`         // a purge took away what the present hides: it cannot be read by itself any more
+	Verified       bool          `json:"verified"`       // sealed and its checksums are complete
+}
+
+// Space is what something takes on its disk, in bytes.
+type Space struct {
+	ExclusiveBytes   int64 `json:"exclusiveBytes"`   // freed if it alone were deleted, and purged
+	SharedBytes      int64 `json:"sharedBytes"`      // read from others (an image, older snapshots), which keep them
+	ReclaimableBytes int64 `json:"reclaimableBytes"` // freed by a purge now
+}
+
+// Usage is the space of a replica: all its files, metadata included, with the image's data that it still reads as Shared; and of each of its layers, where only guest data counts.
+// The layers' ReclaimableBytes add up to the replica's.
+type Usage struct {
+	Space
+	Layers map[LayerID]Space `json:"layers"`
+}
+
+// Diff asks for what changed between two layers.
+type Diff struct {
+	From, To LayerID // From empty: the image, or nothing. To empty: the head
+	Off      int64   // where to begin: a multiple of 4096
+	Max      int     // ranges in one answer, at least 1
+}
+
+// Range is a range of whole units that differ.
+type Range struct {
+	Off  int64 `json:"off"`
+	N    int64 `json:"n"`
+	Zero bool  `json:"zero,omitempty"` // reads as zero in the newer of the two
 }
 
 // Status is what a replica knows of itself.
@@ -159,10 +196,19 @@ type Replica interface {
 	// Purge deletes removed snapshots that nothing stands on, and prunes from a removed snapshot whose only child is the head what the head
 	// hides. It changes no id of the chain (a Change "merge" does). progress may be nil.
 	Purge(ctx context.Context, w Writer, progress func(doneBytes, totalBytes int64)) error
-	// OpenSnapshot returns a snapshot's content as a read-only Device; the caller closes it.
+	// OpenSnapshot returns a snapshot's content as a read-only Device; the caller closes it. Until then the layers it reads are Pinned, and neither Purge nor a merge
+	// changes a byte of it. ErrNoSnapshot; ErrPruned.
 	OpenSnapshot(id LayerID) (block.Device, error)
-	// Status may be called by anybody at any time.
+	// Status may be called by anybody at any time; it is cheap.
 	Status(ctx context.Context) (Status, error)
+	// Count returns once every layer's DataBytes is known, as they are from then on: after opening that may take a reading of maps.
+	Count(ctx context.Context) error
+	// Space measures, reading maps and no data. What is written meanwhile is counted or not; pins are not counted with.
+	Space(ctx context.Context) (Usage, error)
+	// Changed returns the ranges in which the content of the layer to (empty: the head, as of now) may differ from that of from, which lies below it (empty: from the image, or from nothing):
+	// ascending, merged, from Off on, at most Max of them; next is where to go on, or to's size if that was all. A range that does not differ was written with the same bytes. No data is read.
+	// ErrNoSnapshot; ErrNotBelow; ErrPruned if to is; block.ErrRange.
+	Changed(ctx context.Context, d Diff) (list []Range, next int64, err error)
 }
 
 var (
@@ -170,6 +216,10 @@ var (
 	ErrStale = errors.New("membership record is older than the replica's")
 	// ErrNoSnapshot: there is no such snapshot.
 	ErrNoSnapshot = errors.New("no such snapshot")
+	// ErrPruned: a purge has taken away what the present hides of this removed snapshot, so that it cannot be read by itself any more.
+	ErrPruned = errors.New("snapshot was removed and purged, and cannot be read any more")
+	// ErrNotBelow: the older of two snapshots to be compared is not one that the newer one stands on.
+	ErrNotBelow = errors.New("snapshot does not lie below the other")
 	// ErrChain: the replica's chain is neither the one the change starts from nor the one it leads to.
 	ErrChain = errors.New("chain does not match")
 )

@@ -242,13 +242,17 @@ func (r *Replica) meta(st state, id replica.LayerID) layer.Meta {
 	return layer.Meta{ID: layer.ID(id), Kind: layer.KindVolume, VolumeID: st.VolumeID, Volume: st.Volume, ReplicaID: st.ReplicaID, Created: r.cfg.Now().UTC()}
 }
 
-// merge builds the layer that takes the place of two.
+// merge builds the layer that takes the place of several.
 func (r *Replica) merge(ctx context.Context, name string, m replica.Merge) (*layer.Layer, error) {
-	upper, lower := r.layer(m.Upper), r.layer(m.Lower)
+	var list []*layer.Layer
+	for _, id := range m.Layers() {
+		list = append(list, r.layer(id))
+	}
+	lower := list[len(list)-1].Meta()
 	meta := r.meta(r.now(), m.Into)
-	meta.Parent, meta.Image = lower.Meta().Parent, lower.Meta().Image
-	meta.Snapshot = upper.Meta().Snapshot
-	return layer.Merge(ctx, r.fsys, name, layer.MergeSpec{Upper: upper, Lower: lower, Meta: meta, Options: r.layerOptions()})
+	meta.Parent, meta.Image = lower.Parent, lower.Image
+	meta.Snapshot = list[0].Meta().Snapshot
+	return layer.Merge(ctx, r.fsys, name, layer.MergeSpec{Layers: list, Meta: meta, Options: r.layerOptions()})
 }
 
 // Change implements replica.Replica.
@@ -352,7 +356,7 @@ func (r *Replica) forget(id replica.LayerID) error {
 	return nil
 }
 
-// swapMerged puts the merged layer in the place of the two. I/O goes on, also on open snapshots, which keep the files that they read.
+// swapMerged puts the merged layer in the place of those it was made of. I/O goes on, also on open snapshots, which keep the files that they read.
 func (r *Replica) swapMerged(c *Conn, w replica.Writer, ch replica.Change) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -360,19 +364,23 @@ func (r *Replica) swapMerged(c *Conn, w replica.Writer, ch replica.Change) error
 		return err
 	}
 	m := *ch.Merge
-	upper, lower, merged := r.layers[m.Upper], r.layers[m.Lower], r.prepared
-	if said := upper.Meta().Snapshot; said != nil { // it may have changed since the merge began
+	merged := r.prepared
+	var old []*layer.Layer
+	for _, id := range m.Layers() {
+		old = append(old, r.layers[id])
+	}
+	if said := old[0].Meta().Snapshot; said != nil { // it may have changed since the merge began
 		if err := merged.SetMeta(func(to *layer.Meta) { to.Snapshot = said }); err != nil {
 			return err
 		}
 	}
-	onChain := contains(r.stack.Layers(), upper)
+	onChain := contains(r.stack.Layers(), old[0])
 	if err := r.update(func(st *state) { st.carry(ch) }); err != nil {
 		return err
 	}
 	r.layers[m.Into], r.prepared = merged, nil
 	if onChain {
-		if err := r.stack.ReplaceMerged(upper, lower, merged); err != nil {
+		if err := r.stack.ReplaceMerged(old, merged); err != nil {
 			return r.failLocked(err)
 		}
 	}
@@ -381,7 +389,11 @@ func (r *Replica) swapMerged(c *Conn, w replica.Writer, ch replica.Change) error
 			return r.failLocked(err)
 		}
 	}
-	return errors.Join(r.forget(m.Upper), r.forget(m.Lower))
+	var errs []error
+	for _, id := range m.Layers() {
+		errs = append(errs, r.forget(id))
+	}
+	return errors.Join(errs...)
 }
 
 func contains(list []*layer.Layer, l *layer.Layer) bool {

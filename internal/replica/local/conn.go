@@ -355,7 +355,10 @@ func (r *Replica) info(id replica.LayerID) (replica.LayerInfo, error) {
 	}
 	m := l.Meta()
 	info := replica.LayerInfo{ID: id, Parent: r.st.Layers[r.st.index(id)].Parent, Head: id == r.st.Head, SizeBytes: l.SizeBytes(),
-		AllocatedBytes: allocated, Verified: m.Sums}
+		AllocatedBytes: allocated, DataBytes: -1, Verified: m.Sums, Pruned: m.Pruned, Pinned: r.pins[l] > 0}
+	if n, known := l.DataBytes(); known {
+		info.DataBytes = n
+	}
 	if m.Snapshot != nil && !info.Head {
 		info.Snapshot = fromLayer(*m.Snapshot)
 	}
@@ -370,11 +373,11 @@ func toLayer(s replica.SnapshotMeta) *layer.Snapshot {
 	return &layer.Snapshot{Name: s.Name, UserCreated: s.UserCreated, Removed: s.Removed, Created: s.Created, Labels: s.Labels}
 }
 
-// snapshot is an open snapshot: a stack of sealed layers, which its open keeps from being purged.
+// snapshot is an open snapshot: a stack of sealed layers, which it pins.
 type snapshot struct {
 	*layer.Stack
-	r  *Replica
-	id replica.LayerID
+	r    *Replica
+	pins []*layer.Layer
 }
 
 // Close implements block.Device.
@@ -382,6 +385,9 @@ func (s *snapshot) Close() error {
 	s.r.mu.Lock()
 	_, mine := s.r.snaps[s]
 	delete(s.r.snaps, s)
+	if mine {
+		s.r.unpin(s.pins)
+	}
 	s.r.mu.Unlock()
 	if !mine {
 		return block.ErrClosed
@@ -402,6 +408,9 @@ func (r *Replica) OpenSnapshot(id replica.LayerID) (block.Device, error) {
 	if !r.st.has(id) || id == r.st.Head {
 		return nil, fmt.Errorf("layer %s: %w", id, replica.ErrNoSnapshot)
 	}
+	if l := r.layers[id]; l == r.pruning || l.Meta().Pruned {
+		return nil, fmt.Errorf("layer %s: %w", id, replica.ErrPruned)
+	}
 	list, err := r.stackOf(id)
 	if err != nil {
 		return nil, err
@@ -410,17 +419,27 @@ func (r *Replica) OpenSnapshot(id replica.LayerID) (block.Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", id, err)
 	}
-	s := &snapshot{Stack: stack, r: r, id: id}
+	s := &snapshot{Stack: stack, r: r, pins: list}
 	r.snaps[s] = struct{}{}
+	r.pin(list)
 	return s, nil
 }
 
-// pinned tells whether a snapshot is open; r.mu is held.
-func (r *Replica) pinned(id replica.LayerID) bool {
-	for s := range r.snaps {
-		if s.id == id {
-			return true
+// pin keeps purge and merge away from layers; r.mu is held.
+func (r *Replica) pin(list []*layer.Layer) {
+	for _, l := range list {
+		r.pins[l]++
+	}
+}
+
+// unpin undoes it; r.mu is held.
+func (r *Replica) unpin(list []*layer.Layer) {
+	for _, l := range list {
+		if r.pins[l]--; r.pins[l] == 0 {
+			delete(r.pins, l)
 		}
 	}
-	return false
 }
+
+// pinned tells whether a layer is read; r.mu is held.
+func (r *Replica) pinned(id replica.LayerID) bool { return r.pins[r.layers[id]] > 0 }

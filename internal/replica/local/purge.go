@@ -10,42 +10,35 @@ import (
 	"ashlar/internal/replica"
 )
 
-// Purge implements replica.Replica. A snapshot that is open (OpenSnapshot) is passed by. Stopped anywhere it is called again; an intent that nobody made is given up.
+// Purge implements replica.Replica. A snapshot that is read (Pinned) is passed by. Stopped anywhere it is called again; an intent that nobody made is given up.
 func (c *Conn) Purge(ctx context.Context, w replica.Writer, progress func(doneBytes, totalBytes int64)) error {
 	return c.verb(ctx, w, "purge", func(ctx context.Context) error {
 		p := &purge{c: c, w: w, tell: progress}
-		if err := p.begin(); err != nil {
-			return err
+		err := p.dropLeaves()
+		if err == nil {
+			err = c.r.removeDropped()
 		}
-		for {
-			id, ok, err := p.dropLeaf()
-			if err != nil {
-				return err
-			}
-			if !ok {
-				break
-			}
-			if err := c.r.removeDropped(); err != nil {
-				return fmt.Errorf("layer %s: %w", id, err)
-			}
+		if err == nil {
+			p.report(p.leafBytes)
+			err = p.prune(ctx)
 		}
-		if err := c.r.removeDropped(); err != nil {
-			return err
+		if err == nil {
+			p.report(p.total)
 		}
-		return p.prune(ctx)
+		return err
 	})
 }
 
 // purge is one run.
 type purge struct {
-	c           *Conn
-	w           replica.Writer
-	tell        func(doneBytes, totalBytes int64)
-	done, total int64
+	c                *Conn
+	w                replica.Writer
+	tell             func(doneBytes, totalBytes int64)
+	leafBytes, total int64
 }
 
-// begin gives an intent up, and adds up the work.
-func (p *purge) begin() error {
+// dropLeaves gives an intent up, adds up the work, and takes out of the tree the removed snapshots that nobody reads and nothing stands on, or only other such ones.
+func (p *purge) dropLeaves() error {
 	r := p.c.r
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -55,19 +48,32 @@ func (p *purge) begin() error {
 	if err := r.abandon(nil); err != nil {
 		return err
 	}
+	children := map[replica.LayerID]int{}
+	parent := map[replica.LayerID]replica.LayerID{}
 	for _, n := range r.st.Layers {
-		if r.removed(n.ID) {
-			p.total += r.allocated(n.ID)
+		children[n.Parent]++
+		parent[n.ID] = n.Parent
+	}
+	var leaves []replica.LayerID
+	for _, n := range r.st.Layers {
+		for id := n.ID; id != "" && children[id] == 0 && r.removed(id) && !r.pinned(id); id = parent[id] {
+			leaves = append(leaves, id)
+			p.leafBytes += r.allocated(id)
+			children[id] = -1 // taken
+			children[parent[id]]--
 		}
 	}
+	p.total = p.leafBytes
+	if below := parent[r.st.Head]; below != "" && r.removed(below) {
+		p.total += r.allocated(below)
+	}
 	p.report(0)
-	return nil
+	return r.drop(leaves)
 }
 
 func (p *purge) report(done int64) {
-	p.done += done
 	if p.tell != nil {
-		p.tell(p.done, p.total)
+		p.tell(done, p.total)
 	}
 }
 
@@ -86,53 +92,63 @@ func (r *Replica) allocated(id replica.LayerID) int64 {
 	return n
 }
 
-// dropLeaf takes one removed snapshot that nothing stands on out of the tree.
-func (p *purge) dropLeaf() (replica.LayerID, bool, error) {
-	r := p.c.r
+// drop takes layers out of the tree, all in one record; r.mu is held.
+func (r *Replica) drop(leaves []replica.LayerID) error {
+	if len(leaves) == 0 {
+		return nil
+	}
+	err := r.update(func(st *state) {
+		for _, id := range leaves {
+			st.drop(id)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, id := range leaves {
+		errs = append(errs, r.forget(id))
+	}
+	return errors.Join(errs...)
+}
+
+// choosePruned returns the removed snapshot right below the head, if nothing else stands on it and nobody reads it, and keeps readers away from it.
+func (r *Replica) choosePruned() *layer.Layer {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.checkWriter(p.c, p.w); err != nil {
-		return "", false, err
+	id := r.st.Layers[r.st.index(r.st.Head)].Parent
+	if id == "" || !r.removed(id) || len(r.st.children(id)) != 1 || r.pinned(id) {
+		return nil
 	}
-	for _, n := range r.st.Layers {
-		if !r.removed(n.ID) || len(r.st.children(n.ID)) > 0 || r.pinned(n.ID) {
-			continue
-		}
-		bytes := r.allocated(n.ID)
-		if err := r.update(func(st *state) { st.drop(n.ID) }); err != nil {
-			return "", false, err
-		}
-		p.report(bytes)
-		return n.ID, true, r.forget(n.ID)
-	}
-	return "", false, nil
+	r.pruning = r.layers[id]
+	return r.pruning
 }
 
 // prune frees what the head hides in the removed snapshot below it.
 func (p *purge) prune(ctx context.Context) error {
 	r := p.c.r
-	r.mu.Lock()
-	var below *layer.Layer
-	id := r.st.Layers[r.st.index(r.st.Head)].Parent
-	if id != "" && r.removed(id) && len(r.st.children(id)) == 1 && !r.pinned(id) {
-		below = r.layers[id]
-	}
-	r.mu.Unlock()
+	below := r.choosePruned()
 	if below == nil {
 		return nil
 	}
+	defer func() {
+		r.mu.Lock()
+		r.pruning = nil
+		r.mu.Unlock()
+	}()
 	if !below.Meta().Settled {
 		if err := below.Settle(ctx); err != nil && !below.Meta().Settled {
-			return fmt.Errorf("layer %s: %w", id, err)
+			return fmt.Errorf("layer %s: %w", below.ID(), err)
 		}
 	}
-	freed, err := r.stack.Prune(ctx, below)
+	_, err := r.stack.Prune(ctx, below, func(done, total int64) {
+		p.report(p.leafBytes + int64(float64(done)/float64(total)*float64(p.total-p.leafBytes)))
+	})
 	if errors.Is(err, block.ErrFailed) {
 		return r.fail(err)
 	}
 	if err != nil {
-		return fmt.Errorf("layer %s: %w", id, err)
+		return fmt.Errorf("layer %s: %w", below.ID(), err)
 	}
-	p.report(freed)
 	return nil
 }

@@ -13,12 +13,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ashlar/internal/block"
 	"ashlar/internal/disk"
@@ -33,7 +36,12 @@ type OpenConfig struct {
 	BootID string
 	// Salvage opens a replica on which a flush failed: a person's decision.
 	Salvage bool
-	Now     func() time.Time // nil: time.Now
+	// Lock, unless nil, is the record's file, open for reading and writing and locked, that another process passed (Replica.Lock there): the replica is opened under that lock, which
+	// is never free in between. Open owns it, also when it fails.
+	Lock *os.File
+	// Pace, if not nil, is asked before background work (settling, checksums, purge, merge) moves n bytes more, and may wait; its error ends the work.
+	Pace func(ctx context.Context, n int64) error
+	Now  func() time.Time // nil: time.Now
 }
 
 // Replica is an open replica directory. All methods may be called concurrently.
@@ -62,6 +70,8 @@ type Replica struct {
 	bound    *Conn   // whose writer is st.Writer and who may do I/O
 	ending   []*Conn // fenced, but perhaps with calls still under way
 	snaps    map[*snapshot]struct{}
+	pins     map[*layer.Layer]int // how many open snapshots, and answers about differences, read it
+	pruning  *layer.Layer         // units of it are being taken away
 	failed   error
 	closed   bool
 	stopVerb context.CancelFunc // of the verb under way
@@ -73,13 +83,17 @@ type Replica struct {
 // disk.ErrNoRecord if the record is lost (Recover).
 func Open(fsys disk.FS, dir string, cfg OpenConfig) (*Replica, error) {
 	if cfg.BootID == "" {
-		return nil, fmt.Errorf("open replica %s: a boot id is needed: %w", dir, ErrInvalid)
+		err := fmt.Errorf("open replica %s: a boot id is needed: %w", dir, ErrInvalid)
+		if cfg.Lock != nil {
+			err = errors.Join(err, cfg.Lock.Close())
+		}
+		return nil, err
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
 	r := &Replica{fsys: fsys, dir: dir, cfg: cfg, verbs: make(chan struct{}, 1), wake: make(chan struct{}, 1),
-		layers: map[replica.LayerID]*layer.Layer{}, snaps: map[*snapshot]struct{}{}}
+		layers: map[replica.LayerID]*layer.Layer{}, snaps: map[*snapshot]struct{}{}, pins: map[*layer.Layer]int{}}
 	r.life, r.cancel = context.WithCancel(context.Background())
 	if err := r.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open replica %s: %w", dir, err), r.release())
@@ -115,7 +129,7 @@ func (r *Replica) open() error {
 
 // openRecord takes the lock and reads the record.
 func (r *Replica) openRecord() error {
-	f, err := r.fsys.Open(path.Join(r.dir, recordName))
+	f, err := r.recordFile()
 	if err != nil {
 		return err
 	}
@@ -137,10 +151,44 @@ func (r *Replica) openRecord() error {
 	return err
 }
 
+// recordFile opens the record, or takes over the one that another process passed.
+func (r *Replica) recordFile() (disk.File, error) {
+	name := path.Join(r.dir, recordName)
+	if r.cfg.Lock == nil {
+		return r.fsys.Open(name)
+	}
+	fsys, ok := r.fsys.(interface {
+		Adopt(f *os.File, name string) (*disk.RealFile, error)
+	})
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("use a lock that was passed: %w", disk.ErrNotSupported), r.cfg.Lock.Close())
+	}
+	return fsys.Adopt(r.cfg.Lock, name)
+}
+
+// Lock returns a copy of the descriptor that has the replica's lock, to be passed to another process (OpenConfig.Lock): the lock is held until the Replica and
+// every copy are closed. disk.ErrNotSupported on a file system that has none; block.ErrClosed.
+func (r *Replica) Lock() (*os.File, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil, fmt.Errorf("replica %s: lock: %w", r.dir, block.ErrClosed)
+	}
+	f, ok := r.lock.(interface{ Fd() uintptr })
+	if !ok {
+		return nil, fmt.Errorf("replica %s: pass the lock: %w", r.dir, disk.ErrNotSupported)
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("replica %s: pass the lock: %w", r.dir, err)
+	}
+	return os.NewFile(uintptr(fd), recordName), nil
+}
+
 func (r *Replica) file(id replica.LayerID) string { return path.Join(r.dir, string(id)+layerSuffix) }
 
 func (r *Replica) layerOptions() layer.Options {
-	return layer.Options{BootID: bootID(r.cfg.BootID), Salvage: r.cfg.Salvage}
+	return layer.Options{BootID: bootID(r.cfg.BootID), Salvage: r.cfg.Salvage, Pace: r.cfg.Pace}
 }
 
 // openLayers opens the image and every layer of the tree.
@@ -344,8 +392,9 @@ func (r *Replica) settleSoon() {
 	}
 }
 
-// settleLoop settles sealed layers, one at a time, until Close. What fails is tried again when there is a new reason to look.
+// settleLoop counts what the layers hold, and then settles sealed layers, one at a time, until Close. What fails is tried again when there is a new reason to look.
 func (r *Replica) settleLoop() {
+	_ = r.Count(r.life) // whoever needs a count that is missing counts
 	for {
 		select {
 		case <-r.life.Done():
@@ -360,7 +409,7 @@ func (r *Replica) settleLoop() {
 	}
 }
 
-// nextToSettle returns a sealed layer without checksums, with a reference, or nil.
+// nextToSettle returns a sealed layer without checksums, or without a count in its header, with a reference, or nil.
 func (r *Replica) nextToSettle(tried map[replica.LayerID]bool) *layer.Layer {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -372,7 +421,7 @@ func (r *Replica) nextToSettle(tried map[replica.LayerID]bool) *layer.Layer {
 		if l == nil || tried[n.ID] {
 			continue
 		}
-		if m := l.Meta(); m.State == layer.StateSealed && !m.Sums {
+		if m := l.Meta(); m.State == layer.StateSealed && (!m.Sums || m.DataBytes == nil) {
 			tried[n.ID] = true
 			return l.Retain()
 		}

@@ -258,9 +258,14 @@ func (s *state) mergeable(c replica.Change, bad func(string) error) error {
 	if c.Merge == nil {
 		return bad("no layers to merge")
 	}
-	m := *c.Merge
-	if below := s.children(m.Lower); !s.has(m.Lower) || len(below) != 1 || below[0] != m.Upper || m.Upper == s.Head {
-		return bad("the upper layer is not the lower's only child, or is the head")
+	list := c.Merge.Layers()
+	if slices.Contains(list, s.Head) {
+		return bad("one of the layers is the head")
+	}
+	for i, id := range list[1:] {
+		if above := s.children(id); !s.has(id) || len(above) != 1 || above[0] != list[i] {
+			return bad("a layer is not the only child of the one below it")
+		}
 	}
 	after := s.clone()
 	after.carry(c)
@@ -283,8 +288,9 @@ func (s *state) carry(c replica.Change) {
 		s.Head = id
 	case replica.VerbMerge:
 		parent := s.Layers[s.index(c.Merge.Lower)].Parent
-		s.drop(c.Merge.Lower)
-		s.drop(c.Merge.Upper)
+		for _, id := range c.Merge.Layers() {
+			s.drop(id)
+		}
 		for i := range s.Layers {
 			if s.Layers[i].Parent == c.Merge.Upper {
 				s.Layers[i].Parent = id

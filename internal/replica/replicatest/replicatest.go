@@ -241,6 +241,14 @@ func (g *rig) layer(id replica.LayerID) replica.LayerInfo {
 	return replica.LayerInfo{}
 }
 
+// wantData checks how many units a layer alone holds.
+func (g *rig) wantData(id replica.LayerID, units int64) {
+	g.Helper()
+	if got := g.layer(id).DataBytes; got != units*block.UnitBytes {
+		g.Errorf("layer %s holds %d bytes of data, want %d units", id, got, units)
+	}
+}
+
 func (g *rig) hasLayer(id replica.LayerID) bool {
 	return slices.ContainsFunc(g.status().Layers, func(l replica.LayerInfo) bool { return l.ID == id })
 }
