@@ -23,8 +23,8 @@ type Request struct {
 	// Format is Auto to go by the first bytes.
 	Format Format
 	Limits Limits
-	// IdleTimeout: see FetchOptions.
-	IdleTimeout time.Duration
+	// IdleTimeout and RetryDelay: see FetchOptions.
+	IdleTimeout, RetryDelay time.Duration
 	// Spool and SpoolName say where a file is kept whose content cannot be converted as it arrives (qcow2 from a URL, or a raw file of unknown length). It must not
 	// exist, is freed as far as possible while it is converted, and is gone when Import returns.
 	Spool     disk.FS
@@ -135,7 +135,7 @@ func (im *importer) fromFile(ctx context.Context) (Result, error) {
 // fromURL converts raw data as it arrives, if its length is announced, and spools the rest.
 func (im *importer) fromURL(ctx context.Context) (Result, error) {
 	im.report(Progress{Phase: "fetch", TotalBytes: -1})
-	s, err := openURL(ctx, im.Source, FetchOptions{IdleTimeout: im.IdleTimeout, MaxBytes: im.limits.FileBytes, Checksum: im.Checksum})
+	s, err := openURL(ctx, im.Source, FetchOptions{IdleTimeout: im.IdleTimeout, RetryDelay: im.RetryDelay, MaxBytes: im.limits.FileBytes, Checksum: im.Checksum})
 	if err != nil {
 		return Result{}, err
 	}

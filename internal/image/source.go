@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
-	"net/http"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -18,16 +16,18 @@ import (
 )
 
 const (
-	// DefaultIdleTimeout is how long a server may send nothing.
+	// DefaultIdleTimeout is how long a source may send nothing.
 	DefaultIdleTimeout = 30 * time.Second
-	maxRedirects       = 10
-	userAgent          = "ashlar"
+	// DefaultRetryDelay is what is waited before the second attempt to go on with a broken transfer; it doubles with each further one.
+	DefaultRetryDelay = 500 * time.Millisecond
 )
 
 // FetchOptions says how to treat a server.
 type FetchOptions struct {
 	// IdleTimeout is how long the server may send nothing, at the start and in between; there is no limit on the whole. 0 means DefaultIdleTimeout.
 	IdleTimeout time.Duration
+	// RetryDelay: see DefaultRetryDelay, which 0 means.
+	RetryDelay time.Duration
 	// MaxBytes is the most that is taken; 0 means the default of Limits.FileBytes.
 	MaxBytes int64
 	// Checksum is compared at the end; the zero value matches everything.
@@ -43,9 +43,10 @@ type Fetched struct {
 }
 
 // Fetch writes what the http(s) URL holds to w, hashing it on the way. Proxies are taken from the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), at most 10
-// redirects are followed, and no Referer is sent to the new place. After an error w holds any prefix of the file, or, after ErrChecksum, all of it.
+// redirects are followed, and no Referer is sent to the new place. A transfer that breaks is continued where it broke, if the server can and the file is certain to be the same (see resume.go). After an
+// error w holds any prefix of the file, or, after ErrChecksum, all of it.
 //
-// Errors: ErrSource if there is no connection or the answer is not 200 with a plain body, ErrStalled, ErrTruncated if the body ends early, ErrTooLarge,
+// Errors: ErrSource if there is no connection, the answer is not 200 with a plain body, or a broken transfer cannot be continued, ErrStalled, ErrTruncated if the body ends early, ErrTooLarge,
 // ErrChecksum, what w says, and ctx's own.
 func Fetch(ctx context.Context, address string, w io.Writer, o FetchOptions) (Fetched, error) {
 	s, err := openURL(ctx, address, o)
@@ -83,6 +84,8 @@ func (s *stream) Read(p []byte) (int, error) {
 	switch {
 	case s.done > s.max:
 		return n, fmt.Errorf("%s: more than %d bytes: %w", s.name, s.max, ErrTooLarge)
+	case errors.Is(err, ErrTruncated):
+		return n, err
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF) && s.total >= 0 && s.done < s.total:
 		return n, fmt.Errorf("%s: the source ended after %d of %d bytes: %w", s.name, s.done, s.total, ErrTruncated)
 	}
@@ -148,115 +151,6 @@ func parseURL(address string) (*url.URL, error) {
 func displayURL(u *url.URL) string {
 	shown := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}
 	return shown.String()
-}
-
-// openURL sends the request and checks the answer's head.
-func openURL(ctx context.Context, address string, o FetchOptions) (*stream, error) {
-	u, err := parseURL(address)
-	if err != nil {
-		return nil, err
-	}
-	s := &stream{name: displayURL(u), sums: newSums(o.Checksum), max: Limits{FileBytes: o.MaxBytes}.withDefaults().FileBytes}
-	idle := o.IdleTimeout
-	if idle <= 0 {
-		idle = DefaultIdleTimeout
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	watch := time.AfterFunc(idle, func() { cancel(ErrStalled) })
-	transport := newTransport()
-	s.abort = cancel
-	var resp *http.Response
-	s.close = func() (err error) {
-		watch.Stop()
-		cancel(nil) // first: closing a body would otherwise wait for some of the rest
-		if resp != nil {
-			err = resp.Body.Close()
-		}
-		transport.CloseIdleConnections()
-		return err
-	}
-	if resp, err = get(ctx, transport, u); err == nil {
-		err = s.accept(resp)
-	}
-	if err != nil {
-		err = s.explain(ctx, err, idle, ErrSource)
-		s.close()
-		return nil, err
-	}
-	watch.Stop()
-	s.read = func(p []byte) (int, error) {
-		watch.Reset(idle) // it runs only while we wait for the server, not while it waits for us
-		n, err := resp.Body.Read(p)
-		watch.Stop()
-		if err != nil && err != io.EOF {
-			err = s.explain(ctx, err, idle, ErrTruncated)
-		}
-		return n, err
-	}
-	return s, nil
-}
-
-// explain finds the reason behind an error of net/http: a stall, the caller's cancellation, or otherwise.
-func (s *stream) explain(ctx context.Context, err error, idle time.Duration, otherwise error) error {
-	switch cause := context.Cause(ctx); {
-	case cause == ErrStalled:
-		return fmt.Errorf("%s: no data for %v, after %d bytes: %w", s.name, idle, s.done, ErrStalled)
-	case errors.Is(err, ErrSource), errors.Is(err, ErrTooLarge), errors.Is(err, ErrUnsupported):
-		return fmt.Errorf("%s: %w", s.name, err)
-	case cause != nil && cause != context.Canceled || ctx.Err() != nil && errors.Is(err, context.Canceled):
-		return fmt.Errorf("%s: %w", s.name, cause)
-	}
-	var e *url.Error
-	if errors.As(err, &e) {
-		err = e.Err // its own message repeats the whole URL
-	}
-	return fmt.Errorf("%s: after %d bytes: %w: %w", s.name, s.done, err, otherwise)
-}
-
-func newTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:              http.ProxyFromEnvironment,
-		DialContext:        (&net.Dialer{KeepAlive: 15 * time.Second}).DialContext,
-		ForceAttemptHTTP2:  true,
-		DisableCompression: true, // the checksum is of the file, not of what it becomes on the way
-	}
-}
-
-func get(ctx context.Context, transport *http.Transport, u *url.URL) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", err, ErrSource)
-	}
-	req.Header.Set("User-Agent", userAgent)
-	client := http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
-		if len(via) > maxRedirects {
-			return fmt.Errorf("more than %d redirects: %w", maxRedirects, ErrSource)
-		}
-		req.Header.Del("Referer") // it would carry our URL, perhaps a signed one, to somebody else
-		if req.URL.Scheme != "http" && req.URL.Scheme != "https" {
-			return fmt.Errorf("redirected to scheme %q: %w", req.URL.Scheme, ErrSource)
-		}
-		return nil
-	}}
-	return client.Do(req)
-}
-
-// accept wants an answer of 200 with a body whose end can be recognised.
-func (s *stream) accept(resp *http.Response) error {
-	s.total = resp.ContentLength
-	chunked := len(resp.TransferEncoding) > 0 || resp.ProtoMajor >= 2
-	encoding := resp.Header.Get("Content-Encoding")
-	switch {
-	case resp.StatusCode != http.StatusOK:
-		return fmt.Errorf("the server answered %d %s: %w", resp.StatusCode, http.StatusText(resp.StatusCode), ErrSource)
-	case encoding != "" && encoding != "identity":
-		return fmt.Errorf("the server packs the file on the way (Content-Encoding %q): %w", encoding, ErrSource)
-	case s.total > s.max:
-		return fmt.Errorf("the file is %d bytes, the limit is %d: %w", s.total, s.max, ErrTooLarge)
-	case s.total < 0 && !chunked && s.sums.want.Hex == "":
-		return fmt.Errorf("the server does not tell the file's length, so that a cut cannot be seen; give a checksum: %w", ErrSource)
-	}
-	return nil
 }
 
 // localFile is a file of this machine that a user named.
