@@ -18,7 +18,7 @@ import (
 const module = "ashlar/"
 
 // dataPath are the packages below the data process; dataplane may import each of them.
-var dataPath = []string{"block", "block/limit", "disk", "nbd", "layer", "image", "replica", "replica/local", "volume", "export", "job"}
+var dataPath = []string{"block", "block/limit", "disk", "nbd", "layer", "image", "replica", "replica/local", "volume", "export", "export/fuse", "export/blockdev", "job"}
 
 // mayImport is the floors table of the design: what of ours a package may import. A package that is not listed may not exist.
 // Changing it takes a record in docs/decisions.
@@ -37,6 +37,8 @@ var mayImport = map[string][]string{
 	"replica/local":       {"block", "disk", "image", "layer", "replica"},
 	"volume":              {"block", "replica"},
 	"volume/ledgertest":   {"replica", "volume"},
+	"export/fuse":         {"block"},
+	"export/blockdev":     {"block", "export/fuse"},
 	"export":              {"block", "nbd"},
 	"job":                 {"block", "image", "nbd", "disk", "layer"}, // disk, layer: decision 0003
 	"dataplane/client":    {},
