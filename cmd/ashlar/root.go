@@ -90,7 +90,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	flags.StringVarP(&a.output, "output", "o", a.env("ASHLAR_OUTPUT", "table"), "how to print: table or json (ASHLAR_OUTPUT)")
 	root.AddCommand(a.serveCommands()...)
 	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
-		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.manualCommand())
+		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.doctorCommand(),
+		a.supportCommand(), a.manualCommand())
 	checkArgs(root)
 	return root
 }

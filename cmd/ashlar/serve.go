@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 
 	"ashlar/internal/api/client"
@@ -78,6 +79,8 @@ func serve(ctx context.Context, cfg node.Config) error {
 	if err != nil {
 		return err
 	}
+	// Told to systemd, if it is who started us; an error means only that nobody listens.
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 	cfg.Log.Info("node is up", "node", cfg.Name, "version", cfg.Version, "socket", client.Socket(cfg.RunDir), "listen", cfg.Listen)
 	err = n.Wait(ctx)
 	return errors.Join(err, n.Close())

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -24,13 +25,21 @@ type status struct {
 }
 
 func (a *app) statusCommand() *cobra.Command {
-	return &cobra.Command{
+	var attached bool
+	cmd := &cobra.Command{
 		Use:     "status",
 		Short:   "Show nodes, disks, and what needs attention",
-		Example: "  ashlar status\n  ashlar status -o json | jq '.nodes[].disks'",
+		Example: "  ashlar status\n  ashlar status -o json | jq '.nodes[].disks'\n  ashlar status --until-attached --timeout 90s   # at boot, before guests start",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.withNode(func(c *client.Client) error {
+				if attached {
+					short, cancel := a.bounded(cmd.Context())
+					defer cancel()
+					if err := untilAttached(short, c); err != nil {
+						return stillGoing(err, "not every volume that is to be attached can be reached yet")
+					}
+				}
 				s, err := readStatus(cmd.Context(), c)
 				if err != nil {
 					return err
@@ -39,6 +48,9 @@ func (a *app) statusCommand() *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&attached, "until-attached", false, "first wait until every volume that is to be attached can be reached here")
+	cmd.Flags().DurationVar(&a.timeout, "timeout", time.Minute, "wait at most this long; 0: for ever")
+	return cmd
 }
 
 func readStatus(ctx context.Context, c *client.Client) (s status, err error) {
