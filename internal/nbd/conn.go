@@ -13,12 +13,27 @@ import (
 // ErrProtocol: the peer broke the protocol in a way that loses the stream; the connection ends.
 var ErrProtocol = errors.New("protocol violation")
 
-// state is everything a connection is between two requests: what negotiation leaves behind, and what another process would need, with the
-// socket, to go on serving it.
+// state is everything a connection is between two requests: what negotiation leaves behind. With what was received of the next request
+// (rest) and the socket, another process can go on serving it.
 type state struct {
-	Export     string   `json:"export"`             // canonical name
-	Structured bool     `json:"structured"`         // structured replies were negotiated
-	Contexts   []uint32 `json:"contexts,omitempty"` // ids of the meta contexts selected
+	Export     string   // canonical name
+	Structured bool     // structured replies were negotiated
+	Contexts   []uint32 // ids of the meta contexts selected
+	SizeBytes  int64    // what the client was told
+	Flags      uint16   // the same: transmission flags
+}
+
+// rest is what was received of a request that had not arrived whole when the connection was detached.
+type rest struct {
+	received []byte   // its header and payload so far
+	refused  *refusal // or: it is refused already, and its payload is being skipped
+}
+
+// refusal is a write that is answered with an error as soon as skip more bytes of its payload have gone by.
+type refusal struct {
+	req   request
+	errno Errno
+	skip  int
 }
 
 // Kinds of request that have a pace of their own.
@@ -53,6 +68,7 @@ type conn struct {
 	paces   [kinds]pace
 	jobs    chan job
 	started int // workers
+	rest    rest
 
 	bud       budget
 	send      sender
@@ -71,6 +87,7 @@ type transmission struct {
 	pool   *buffers
 	stats  *counters
 	stop   *atomic.Bool
+	rest   rest // what a connection that was detached had received
 }
 
 func newConn(t transmission) *conn {
@@ -89,20 +106,51 @@ func newConn(t transmission) *conn {
 }
 
 // transmit serves requests until the client disconnects (nil), the stream ends in the middle of a request, breaks or is interrupted. Every
-// request that was received whole has then been carried out and, where the stream allowed, answered.
-func transmit(t transmission) error {
+// request that was received whole has then been carried out and, where the stream allowed, answered. errWoken says that the stream is in order, and
+// that rest was received of what comes next.
+func transmit(t transmission) (rest, error) {
 	c := newConn(t)
-	err := c.run()
+	err := c.resume(t.rest)
+	if err == nil {
+		err = c.run()
+	}
 	c.flush()
 	c.stopWorkers()
+	if errors.Is(err, errWoken) && c.in != nil {
+		c.rest.received = append(c.rest.received, c.in.mem[c.r:c.w]...)
+	}
 	c.pool.put(c.in)
-	if sendErr := c.send.failure(); sendErr != nil && (err == nil || errors.Is(err, io.EOF)) {
+	if sendErr := c.send.failure(); sendErr != nil && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, errWoken)) {
 		err = sendErr
 	}
 	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return c.rest, err
+}
+
+// resume begins with what another process had received.
+func (c *conn) resume(left rest) error {
+	if left.refused == nil && len(left.received) == 0 {
 		return nil
 	}
-	return err
+	c.in, c.limit = c.pool.get(max(len(left.received), largeBuffer)), largeBuffer
+	c.w = copy(c.in.mem, left.received)
+	if left.refused != nil {
+		if err := c.skip(*left.refused); err != nil {
+			return err
+		}
+	}
+	if err := c.requests(); err != nil {
+		return err
+	}
+	c.flush()
+	if c.in.class < 0 { // as large as the payload that came in it: not to be kept
+		in := c.in
+		c.in = c.pool.get(largeBuffer)
+		c.r, c.w = 0, copy(c.in.mem, in.mem[c.r:c.w])
+	}
+	return nil
 }
 
 // run is the reading goroutine's loop. It returns io.EOF when the client is done.
@@ -160,10 +208,9 @@ func (c *conn) write(req request) (whole bool, err error) {
 	switch {
 	case errno != OK:
 		c.r += requestBytes
-		if err := c.discard(n); err != nil {
+		if err := c.skip(refusal{req, errno, n}); err != nil {
 			return false, err
 		}
-		c.refuse(req, errno)
 	case have >= n:
 		c.r += requestBytes
 		payload := c.in.mem[c.r : c.r+n]
@@ -174,7 +221,10 @@ func (c *conn) write(req request) (whole bool, err error) {
 	default:
 		c.r += requestBytes
 		b := c.take(n)
-		if err := c.receive(b.data(n)); err != nil {
+		if got, err := c.receive(b.data(n)); err != nil {
+			if errors.Is(err, errWoken) {
+				c.rest.received = append(appendRequest(nil, req), b.data(got)...)
+			}
 			c.release(b)
 			return false, err
 		}
@@ -184,33 +234,38 @@ func (c *conn) write(req request) (whole bool, err error) {
 	return true, nil
 }
 
-// receive fills p with what was received already, and the rest from the link.
-func (c *conn) receive(p []byte) error {
-	n := copy(p, c.in.mem[c.r:c.w])
+// receive fills p with what was received already, and the rest from the link. After an error n bytes are there.
+func (c *conn) receive(p []byte) (n int, err error) {
+	n = copy(p, c.in.mem[c.r:c.w])
 	c.r += n
 	c.flush() // what was answered must not wait for the client to finish sending
 	for n < len(p) {
 		m, err := c.readMore(p[n:])
 		if err != nil {
-			return err
+			return n, err
 		}
 		n += m
 	}
-	return nil
+	return n, nil
 }
 
-// discard skips n bytes of payload.
-func (c *conn) discard(n int) error {
+// skip skips a refused write's payload, and then answers it.
+func (c *conn) skip(r refusal) error {
 	for {
-		m := min(n, c.w-c.r)
+		m := min(r.skip, c.w-c.r)
 		c.r += m
-		if n -= m; n == 0 {
+		if r.skip -= m; r.skip == 0 {
+			c.refuse(r.req, r.errno)
 			return nil
 		}
 		c.flush()
 		c.r, c.w = 0, 0
 		m, err := c.readMore(c.in.mem)
 		if err != nil {
+			if errors.Is(err, errWoken) {
+				left := r
+				c.rest.refused = &left
+			}
 			return err
 		}
 		c.w = m
@@ -223,6 +278,8 @@ func (c *conn) readMore(p []byte) (int, error) {
 		n, err := c.link.read(p)
 		switch {
 		case errors.Is(err, errIdle):
+		case errors.Is(err, errWoken):
+			return 0, errWoken
 		case errors.Is(err, io.EOF):
 			return 0, fmt.Errorf("nbd: in the middle of a request: %w", io.ErrUnexpectedEOF)
 		case err != nil:

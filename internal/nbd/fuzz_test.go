@@ -129,7 +129,7 @@ func FuzzTransmission(f *testing.F) {
 		go func() {
 			defer close(served)
 			ss := &session{link: l}
-			_ = transmit(transmission{export: e, state: st, link: l, pool: new(buffers), stats: new(counters), stop: &ss.stop})
+			_, _ = transmit(transmission{export: e, state: st, link: l, pool: new(buffers), stats: new(counters), stop: &ss.stop})
 			l.close()
 		}()
 		feed(t, a, p, served)

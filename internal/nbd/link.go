@@ -6,7 +6,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,9 +18,12 @@ import (
 // errIdle: nothing arrived for the link's idle time.
 var errIdle = errors.New("idle")
 
+// errWoken: nothing more is read from this link, because the connection is to be served by another process.
+var errWoken = errors.New("woken to be detached")
+
 // link is a connection's byte stream. One goroutine reads at a time and one writes at a time; interrupt and closeRead may come from any.
 type link interface {
-	// read returns at least one byte, or io.EOF, errIdle or another error.
+	// read returns at least one byte, or io.EOF, errIdle, errWoken or another error.
 	read(p []byte) (int, error)
 	// write sends all of bufs, in order, and may change bufs.
 	write(bufs [][]byte) error
@@ -74,10 +79,12 @@ func dupConn(c syscall.Conn) (int, error) {
 
 // socket is a link over a blocking socket.
 type socket struct {
-	fd int
+	fd    int
+	woken atomic.Bool // wake was called: nothing more is read
 
-	mu     sync.Mutex // guards closed, so that interrupt never hits a descriptor that was used again
+	mu     sync.Mutex // guards the rest; and closed, so that interrupt never hits a descriptor that was used again
 	closed bool
+	parked *os.File // what park waits on
 }
 
 // block makes the socket blocking, with reads that end after idle with errIdle; zero is never.
@@ -105,6 +112,9 @@ func (s *socket) widen() {
 
 func (s *socket) read(p []byte) (int, error) {
 	for {
+		if s.woken.Load() {
+			return 0, errWoken
+		}
 		n, err := unix.Read(s.fd, p)
 		switch {
 		case err == unix.EINTR:
@@ -160,6 +170,8 @@ func (s *socket) park() error {
 	}
 	f := os.NewFile(uintptr(fd), "nbd")
 	defer f.Close()
+	s.setParked(f)
+	defer s.setParked(nil)
 	rc, err := f.SyscallConn()
 	if err != nil {
 		return fmt.Errorf("nbd: park: %w", err)
@@ -169,12 +181,58 @@ func (s *socket) park() error {
 		_, _, err := unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		return err != unix.EAGAIN && err != unix.EINTR
 	})
-	if err != nil {
+	if err != nil && !s.woken.Load() {
 		return fmt.Errorf("nbd: park: %w", err)
 	}
 	// The flag belongs to the open socket, not to the descriptor: it must be put back before the next blocking read.
 	if err := unix.SetNonblock(s.fd, false); err != nil {
 		return fmt.Errorf("nbd: park: %w", err)
+	}
+	return nil
+}
+
+func (s *socket) setParked(f *os.File) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.parked = f
+	if f != nil && s.woken.Load() {
+		_ = f.SetReadDeadline(time.Unix(1, 0)) // cannot fail: the poller has f
+	}
+}
+
+// wake makes read and park return errWoken, later ones at once and a park in progress too. A read in progress returns when a signal
+// interrupts it: see nudge.
+func (s *socket) wake() {
+	s.woken.Store(true)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.parked != nil {
+		_ = s.parked.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
+// release gives the descriptor away: the link is as if closed, but the socket goes on.
+func (s *socket) release() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	return s.fd
+}
+
+// nudge interrupts every read of every socket that has an idle time, once: such a read is not begun anew by the kernel (signal(7)), and
+// those that were not woken begin again themselves. Which thread a read is blocked in, nobody knows without a system call before each.
+// The signal is the one that Go interrupts its threads with anyway, which every program must put up with at any time. A read
+// that begins just then is missed: the caller nudges until it sees the effect.
+func nudge() error {
+	threads, err := os.ReadDir("/proc/self/task")
+	if err != nil {
+		return fmt.Errorf("nbd: list threads: %w", err)
+	}
+	pid := unix.Getpid()
+	for _, t := range threads {
+		if tid, err := strconv.Atoi(t.Name()); err == nil {
+			_ = unix.Tgkill(pid, tid, unix.SIGURG) // a thread that has ended blocks in nothing
+		}
 	}
 	return nil
 }

@@ -17,7 +17,8 @@ var errMalformed = errors.New("malformed option")
 type haggler struct {
 	rw       io.ReadWriter
 	exports  Exports
-	draining func() bool // the server is going: choose nothing any more
+	draining func() bool  // the server is going: choose nothing any more
+	commit   func(Export) // nil, or told of the export that is chosen before the client is
 
 	fixed, noZeroes bool
 	structured      bool
@@ -27,10 +28,9 @@ type haggler struct {
 	buf []byte // option data, then reply; kept from option to option
 }
 
-// negotiate haggles on rw until the client has chosen an export. errAborted and io.EOF before the first option say that the client left in
+// negotiate haggles until the client has chosen an export. errAborted and io.EOF before the first option say that the client left in
 // good order. It relies on the caller for a deadline.
-func negotiate(rw io.ReadWriter, exports Exports, draining func() bool) (Export, state, error) {
-	h := &haggler{rw: rw, exports: exports, draining: draining}
+func (h *haggler) negotiate() (Export, state, error) {
 	if err := h.greet(); err != nil {
 		return Export{}, state{}, err
 	}
@@ -52,7 +52,7 @@ func negotiate(rw io.ReadWriter, exports Exports, draining func() bool) (Export,
 
 // state is what is left when e was chosen. Contexts that were selected for another export do not count.
 func (h *haggler) state(e Export) state {
-	st := state{Export: e.Name, Structured: h.structured}
+	st := state{Export: e.Name, Structured: h.structured, SizeBytes: e.Device.Size(), Flags: e.transmissionFlags(h.structured)}
 	if h.contextsOf == e.Name {
 		for _, m := range h.contexts {
 			st.Contexts = append(st.Contexts, m.id)
@@ -172,6 +172,13 @@ func (h *haggler) reply(opt, rep uint32, data []byte) error {
 	return h.write(appendReply(nil, opt, rep, data))
 }
 
+// chose says that e is chosen, unless the reply cannot be sent.
+func (h *haggler) chose(e Export) {
+	if h.commit != nil {
+		h.commit(e)
+	}
+}
+
 // exportName ends the negotiation the old way, in which a refusal can only be a disconnect.
 func (h *haggler) exportName(name string) (Export, error) {
 	if h.draining() {
@@ -181,6 +188,7 @@ func (h *haggler) exportName(name string) (Export, error) {
 	if err != nil {
 		return Export{}, fmt.Errorf("nbd: export %q: %w", name, err)
 	}
+	h.chose(e)
 	p := be.AppendUint64(nil, uint64(e.Device.Size()))
 	p = be.AppendUint16(p, e.transmissionFlags(h.structured))
 	if !h.noZeroes {
@@ -227,7 +235,7 @@ func (h *haggler) info(opt uint32, data []byte) (Export, bool, error) {
 	}
 	e, err := h.exports.Lookup(name)
 	if err != nil {
-		return Export{}, false, h.reply(opt, repErrUnknown, nil)
+		return Export{}, false, h.reply(opt, lookupReply(err), nil)
 	}
 	item := be.AppendUint16(nil, infoExport)
 	item = be.AppendUint64(item, uint64(e.Device.Size()))
@@ -245,10 +253,21 @@ func (h *haggler) info(opt uint32, data []byte) (Export, bool, error) {
 		item = be.AppendUint32(item, preferredBytes)
 		p = appendReply(p, opt, repInfo, be.AppendUint32(item, maxPayloadBytes))
 	}
+	if opt == optGo {
+		h.chose(e)
+	}
 	if err := h.write(appendReply(p, opt, repAck, nil)); err != nil {
 		return Export{}, false, err
 	}
 	return e, opt == optGo, nil
+}
+
+// lookupReply tells of an export that is not to be had.
+func lookupReply(err error) uint32 {
+	if errors.Is(err, ErrServerClosed) {
+		return repErrShutdown
+	}
+	return repErrUnknown
 }
 
 // metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. Setting forgets what was set before, also when it fails.
@@ -270,7 +289,7 @@ func (h *haggler) metaContext(opt uint32, data []byte) error {
 	}
 	e, err := h.exports.Lookup(name)
 	if err != nil {
-		return h.reply(opt, repErrUnknown, nil)
+		return h.reply(opt, lookupReply(err), nil)
 	}
 	found := matchMeta(queries, opt == optListMetaContext)
 	if opt == optSetMetaContext {

@@ -393,3 +393,49 @@ func TestSpans(t *testing.T) {
 		}
 	}
 }
+
+// TestClientDistrusts: replies that do not fit what was asked end the connection, and no call returns what was not read.
+func TestClientDistrusts(t *testing.T) {
+	data := func(done bool, off uint64, n int) []byte {
+		p := make([]byte, structuredBytes)
+		putChunk(p, chunk{done: done, typ: replyOffsetData, cookie: 1 << 8, n: 8 + n})
+		return append(be.AppendUint64(p, off), make([]byte, n)...)
+	}
+	simple := func(cookie uint64) []byte {
+		p := make([]byte, simpleBytes)
+		putSimple(p, cookie, OK)
+		return p
+	}
+	for name, p := range map[string][]byte{
+		"half":               data(true, 0, 4096),
+		"the second half":    data(true, 4096, 4096),
+		"twice":              append(data(false, 0, 4096), data(true, 0, 4096)...),
+		"overlapping":        append(data(false, 0, 4097), data(true, 4096, 4096)...),
+		"beyond":             data(true, 4096, 8192),
+		"before":             data(true, 1<<64-4096, 8192),
+		"far out":            data(true, 1<<63, 4096),
+		"another's":          simple(77 << 8),
+		"a simple reply":     append(simple(1<<8), make([]byte, 8192)...),
+		"another's answered": append(simple(1<<8|1), make([]byte, 8192)...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := net.Pipe()
+			var wg sync.WaitGroup
+			wg.Go(func() { _, _ = io.Copy(io.Discard, b) })
+			wg.Go(func() {
+				greeting := be.AppendUint16(be.AppendUint64(be.AppendUint64(nil, magicServer), magicOption), 3)
+				_, _ = b.Write(append(append(greeting, negotiated(1<<20)...), p...))
+			})
+			defer wg.Wait()
+			defer b.Close()
+			c, err := NewClient(t.Context(), a, "x", ClientOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if _, err := c.ReadAt(make([]byte, 8192), 0); !errors.Is(err, ErrDisconnected) || !errors.Is(err, ErrProtocol) {
+				t.Errorf("read: %v", err)
+			}
+		})
+	}
+}

@@ -69,6 +69,7 @@ type Server struct {
 	nextID    uint64
 	empty     chan struct{}        // closed when the last session and listener are gone; nil when nobody waits
 	counters  map[string]*counters // by canonical export name
+	away      map[string]bool      // canonical names of exports that were detached
 }
 
 // NewServer returns a Server that serves nobody yet.
@@ -80,6 +81,7 @@ func NewServer(cfg Config) (*Server, error) {
 	return &Server{
 		cfg: cfg, idle: idleAfter, closing: make(chan struct{}),
 		listeners: map[net.Listener]bool{}, sessions: map[*session]bool{}, counters: map[string]*counters{},
+		away: map[string]bool{},
 	}, nil
 }
 
@@ -124,16 +126,24 @@ func (s *Server) ServeConn(nc net.Conn) error {
 	if err := nc.SetDeadline(time.Now().Add(s.cfg.NegotiationTimeout)); err != nil {
 		return errors.Join(fmt.Errorf("nbd: set deadline: %w", err), nc.Close())
 	}
-	ss, err := s.addSession(nc)
+	remote := ""
+	if a := nc.RemoteAddr(); a != nil {
+		remote = a.String()
+	}
+	ss, err := s.addSession(&netLink{nc}, remote)
 	if err != nil {
 		return errors.Join(err, nc.Close())
 	}
 	defer s.removeSession(ss)
-	err = ss.serve(s, nc)
+	return s.reason(ss, ss.serve(s, nc))
+}
+
+// reason is what ServeConn says of a session that ended with err.
+func (s *Server) reason(ss *session, err error) error {
 	switch {
 	case errors.Is(err, errAborted):
 		return nil
-	case ss.stop.Load(), err != nil && s.isClosed():
+	case ss.stop.Load(), errors.Is(err, errWoken), err != nil && s.isClosed():
 		return ErrServerClosed
 	}
 	return err
@@ -250,7 +260,7 @@ func (s *Server) removeListener(l net.Listener) {
 	s.signalEmpty()
 }
 
-func (s *Server) addSession(nc net.Conn) (*session, error) {
+func (s *Server) addSession(l link, remote string) (*session, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -261,16 +271,14 @@ func (s *Server) addSession(nc net.Conn) (*session, error) {
 		return nil, fmt.Errorf("nbd: %d connections are open: %w", len(s.sessions), ErrTooMany)
 	}
 	s.nextID++
-	ss := &session{link: &netLink{nc}, info: ConnInfo{ID: s.nextID, Since: time.Now()}}
-	if a := nc.RemoteAddr(); a != nil {
-		ss.info.Remote = a.String()
-	}
+	ss := &session{link: l, ended: make(chan struct{}), info: ConnInfo{ID: s.nextID, Remote: remote, Since: time.Now()}}
 	s.sessions[ss] = true
 	return ss, nil
 }
 
 func (s *Server) removeSession(ss *session) {
 	ss.close()
+	close(ss.ended)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.sessions, ss)
@@ -313,18 +321,24 @@ func (s *Server) countersOf(name string) *counters {
 
 // session is a connection as its server sees it, in either phase.
 type session struct {
-	stop atomic.Bool // the server ends this connection
+	stop  atomic.Bool   // the server ends this connection
+	ended chan struct{} // closed when it has ended, or was given away
 
 	mu      sync.Mutex // guards the rest
 	link    link
+	chosen  bool // the client chose, or is about to be told that it did
+	entered bool // link is transmission's
+	leaving bool // Detach wants the connection, which has not entered
 	cut     bool // interrupt was called
 	drained bool // closeRead was called
+	given   *Detached
 	info    ConnInfo
 }
 
 // serve negotiates, changes over to the link that transmission uses, and transmits.
 func (ss *session) serve(s *Server, nc net.Conn) error {
-	export, st, err := negotiate(nc, s.cfg.Exports, s.isClosed)
+	h := &haggler{rw: nc, exports: present{s}, draining: s.isClosed, commit: ss.commit}
+	export, st, err := h.negotiate()
 	if err != nil {
 		if errors.Is(err, io.EOF) {
 			return nil // the client only looked, or left between two options
@@ -338,20 +352,40 @@ func (ss *session) serve(s *Server, nc net.Conn) error {
 	if err != nil {
 		return err
 	}
-	counters := s.countersOf(export.Name)
-	counters.accepted.Add(1)
-	counters.conns.Add(1)
-	defer counters.conns.Add(-1)
+	s.countersOf(export.Name).accepted.Add(1)
 	ss.enter(l, st)
-	return transmit(transmission{export: export, state: st, link: l, pool: &s.pool, stats: counters, stop: &ss.stop})
+	return ss.transmit(s, transmission{export: export, state: st, link: l})
+}
+
+// transmit serves the requests of t until the connection ends or is given away (errWoken).
+func (ss *session) transmit(s *Server, t transmission) error {
+	t.pool, t.stats, t.stop = &s.pool, s.countersOf(t.export.Name), &ss.stop
+	t.stats.conns.Add(1)
+	defer t.stats.conns.Add(-1)
+	left, err := transmit(t)
+	if errors.Is(err, errWoken) {
+		return errors.Join(err, ss.give(t, left))
+	}
+	return err
+}
+
+// commit notes what the client chooses: from here on a Detach does not cut the connection, which its client believes in as soon as it reads the
+// reply.
+func (ss *session) commit(e Export) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.chosen, ss.info.Export = true, e.Name
 }
 
 // enter makes l the session's link; what the server asked of the old one is asked of it too.
 func (ss *session) enter(l link, st state) {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
-	ss.link = l
+	ss.link, ss.chosen, ss.entered = l, true, true
 	ss.info.Export, ss.info.Structured = st.Export, st.Structured
+	if ss.leaving {
+		ss.leave()
+	}
 	if ss.drained {
 		l.closeRead()
 	}
@@ -363,6 +397,11 @@ func (ss *session) enter(l link, st state) {
 func (ss *session) interrupt() {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
+	ss.interruptLocked()
+}
+
+// interruptLocked is interrupt for who holds mu.
+func (ss *session) interruptLocked() {
 	ss.cut = true
 	ss.stop.Store(true)
 	ss.link.interrupt()
