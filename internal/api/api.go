@@ -2,20 +2,19 @@
 // requests into records of the catalogue and records into resources; it decides nothing about placement and touches no bytes. The dialect stops here:
 // docs/rest.md says what is served, docs/compat.md which parts of the dialect mean nothing in Ashlar.
 //
-// Read next: resource.go (the shapes on the wire), route.go (which request goes where), volume.go, operation.go (verbs that wait), client (the other end).
+// Read next: resource.go (the shapes on the wire), route.go (which request goes where), auth.go (who may), volume.go, operation.go
+// (verbs that wait), live.go (streams), download.go and upload.go (bytes), openapi.go (the description), client (the other end).
 package api
 
 import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
-	"net/netip"
+	"sync"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -39,6 +38,13 @@ type Config struct {
 	OperationTimeout time.Duration
 	// CodeOf gives the code (one of this package's, as text) of an error that Extra returned; nil reads only the catalogue's sentinels.
 	CodeOf func(error) string
+	// Heartbeat is how often a quiet stream shows that it lives; zero means 15 s.
+	Heartbeat time.Duration
+	// RequireToken asks for a token on plain loopback too; over TLS one is always asked for, over the unix socket never.
+	RequireToken bool
+	// Frontend is what a volume gets whose creator names none: blockdev where this machine can have block devices, which is what clients of the dialect expect;
+	// "" means nbd.
+	Frontend string
 	// Log takes what a client cannot be told: panics and unreadable records. Nil discards.
 	Log *slog.Logger
 }
@@ -68,11 +74,15 @@ type DiffRange = struct {
 	Off              int64
 }
 
-// Handler answers the REST API. It may be called concurrently and keeps nothing but what the catalogue keeps: any number of them may serve one catalogue.
+// Handler answers the REST API. It may be called concurrently and keeps nothing but what the catalogue keeps: any number of them may serve one catalogue. Close ends
+// its streams.
 type Handler struct {
-	cfg    Config
-	nouns  map[string]*noun
-	origin *http.CrossOriginProtection
+	cfg      Config
+	nouns    map[string]*noun
+	origin   *http.CrossOriginProtection
+	live     *live
+	sums     *sums
+	document func() []byte // of OpenAPI
 }
 
 var _ http.Handler = (*Handler)(nil)
@@ -94,9 +104,23 @@ func New(cfg Config) *Handler {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	h := &Handler{cfg: cfg, origin: http.NewCrossOriginProtection()}
+	if cfg.Heartbeat == 0 {
+		cfg.Heartbeat = heartbeat
+	}
+	if cfg.Frontend == "" {
+		cfg.Frontend = catalog.FrontendNBD
+	}
+	h := &Handler{cfg: cfg, origin: http.NewCrossOriginProtection(), live: newLive(cfg.Catalog), sums: &sums{of: map[string]string{}}}
 	h.nouns = h.routes()
+	h.document = sync.OnceValue(h.describe)
 	return h
+}
+
+// Close ends all streams (events, websockets), tells their clients that the server goes away, and waits for them; later ones are refused. Other requests are
+// answered as before. Call it before the server's own shutdown, which would wait for streams.
+func (h *Handler) Close() error {
+	h.live.close()
+	return nil
 }
 
 // newID returns a new random id, 32 hex digits. Ids are never used again.
@@ -106,27 +130,4 @@ func (h *Handler) newID() (string, error) {
 		return "", fmt.Errorf("new id: %w", err)
 	}
 	return hex.EncodeToString(b[:]), nil
-}
-
-// ErrListen: the address to listen on is refused.
-var ErrListen = errors.New("listening beyond loopback needs TLS and a credential, which this build does not have")
-
-// CheckListen tells whether the REST API may listen on a TCP address: loopback only. Anything else is ErrListen, also an empty host, which would be every
-// interface, and a name other than localhost, which could come to mean another machine.
-func CheckListen(addr string) error {
-	host, port, err := net.SplitHostPort(addr)
-	if err == nil {
-		_, err = net.LookupPort("tcp", port)
-	}
-	if err != nil {
-		return fmt.Errorf("listen on %q: %w (want HOST:PORT, for example 127.0.0.1:9500)", addr, err)
-	}
-	if host == "localhost" {
-		return nil
-	}
-	ip, err := netip.ParseAddr(host)
-	if err != nil || !ip.Unmap().IsLoopback() {
-		return fmt.Errorf("listen on %q: %w; use 127.0.0.1:PORT and a tunnel", addr, ErrListen)
-	}
-	return nil
 }

@@ -17,11 +17,13 @@ const maxBody = 1 << 20
 
 // call is one request on its way through a handler.
 type call struct {
-	r    *http.Request
-	w    http.ResponseWriter // only for what MaxBytesReader needs and headers; send writes the answer
-	base string              // http://host:port, for links
-	noun *noun
-	id   string // of the resource; "" for the collection
+	r      *http.Request
+	w      http.ResponseWriter // only for what MaxBytesReader needs and headers; send writes the answer
+	base   string              // http://host:port, for links
+	noun   *noun
+	id     string            // of the resource; "" for the collection
+	vars   map[string]string // of a way
+	access access
 }
 
 // handler answers one kind of request: a value to be sent as JSON, nil for an empty 200, or an error.

@@ -27,23 +27,24 @@ func (h *Handler) constants() []*noun {
 	volumeJobs.remove = nil
 	backups := none("backupVolume", "backupvolumes", "backup")
 	backups.update = absent("backup")
-	backups.actions = map[string]handler{"backupList": absent("backup"), "backupGet": absent("backup"), "backupDelete": absent("backup"),
-		"backupListByVolume": absent("backup"), "backupVolumeSync": absent("backup")}
+	backups.actions = map[string]verb{}
+	for _, name := range []string{"backupList", "backupGet", "backupDelete", "backupListByVolume", "backupVolumeSync"} {
+		backups.actions[name] = verb{do: absent("backup"), unbuilt: true}
+	}
 	system := none("systemBackup", "systembackups", "system backup")
 	system.create = notBuilt("system backups")
 	restores := none("systemRestore", "systemrestores", "system restore")
 	restores.create = notBuilt("system restores")
 	bundles := none("supportBundle", "supportbundles", "support bundle")
 	bundles.create, bundles.remove = notBuilt("support bundles"), nil
-	ws := func(c *call) (any, error) { return nil, missing("collections over websockets") }
+	follows := []catalog.Kind{catalog.KindNode, catalog.KindVolume}
 	return []*noun{
-		{schema: "engineImage", plural: "engineimages", list: h.engineImageList, get: h.engineImageGet, create: notBuilt("other engine images"), remove: h.engineImageDelete},
-		{schema: "instanceManager", plural: "instancemanagers", list: h.instanceManagerList, get: h.instanceManagerGet},
-		{schema: "backupTarget", plural: "backuptargets", list: h.backupTargetList, get: h.backupTargetGet, create: notBuilt("backup targets"),
+		{schema: "engineImage", plural: "engineimages", one: EngineImage{}, kinds: follows, list: h.engineImageList, get: h.engineImageGet, create: notBuilt("other engine images"), remove: h.engineImageDelete},
+		{schema: "instanceManager", plural: "instancemanagers", one: InstanceManager{}, kinds: follows, list: h.instanceManagerList, get: h.instanceManagerGet},
+		{schema: "backupTarget", plural: "backuptargets", one: BackupTarget{}, updateIn: backupTargetInput{}, list: h.backupTargetList, get: h.backupTargetGet, create: notBuilt("backup targets"),
 			update: h.backupTargetUpdate, remove: notBuilt("backup targets"),
-			actions: map[string]handler{"backupTargetUpdate": h.backupTargetUpdate, "backupTargetSync": notBuilt("backup targets")}},
+			actions: map[string]verb{"backupTargetUpdate": {do: h.backupTargetUpdate, in: backupTargetInput{}, out: BackupTarget{}}, "backupTargetSync": unbuilt("backup targets")}},
 		jobs, volumeJobs, backups, none("backupBackingImage", "backupbackingimages", "image backup"), system, restores, bundles,
-		{schema: "websocket", plural: "ws", list: ws, get: ws, hidden: true},
 	}
 }
 

@@ -37,7 +37,8 @@ const (
 	CodeTimeout      Code = "timeout"          // still going on when the wait ended
 	CodeNotBuilt     Code = "not-built"        // a verb of the dialect that Ashlar does not have yet
 	CodeNotSupported Code = "not-supported"    // a part of the dialect that Ashlar will not have
-	CodeForbidden    Code = "forbidden"        // not over this connection
+	CodeUnauthorized Code = "unauthorized"     // a token is missing, not known, expired, or in the wrong place
+	CodeForbidden    Code = "forbidden"        // not over this connection, or not with this token
 	CodeMethod       Code = "method"           // the method does not exist here
 	CodeTooLarge     Code = "too-large"        // the body is over the limit
 	CodeInternal     Code = "internal"         // anything else
@@ -52,6 +53,8 @@ func (c Code) status() int {
 		return http.StatusBadRequest
 	case CodeExists, CodeInUse, CodeConflict, CodeFenced, CodeSalvage, CodeStale, CodeForeignDisk, CodeVersion, CodeFrontend, CodeNotAttached, CodeCancelled:
 		return http.StatusConflict
+	case CodeUnauthorized:
+		return http.StatusUnauthorized
 	case CodeForbidden:
 		return http.StatusForbidden
 	case CodeMethod:

@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"net"
-	"net/http"
 	"net/url"
-	"path"
 	"slices"
 	"strings"
 
@@ -72,6 +69,7 @@ func (h *Handler) image(c *call, v imageView) BackingImage {
 		Size: o.SizeBytes, VirtualSize: o.VirtualSizeBytes, Created: stamp(w.Created), Format: o.Format, Digest: o.Digest,
 	}
 	maps.Copy(res.Parameters, w.Parameters)
+	var total catalog.Space
 	if w.Deleted != nil {
 		res.DeletionTimestamp = stamp(*w.Deleted)
 	}
@@ -83,6 +81,14 @@ func (h *Handler) image(c *call, v imageView) BackingImage {
 			State: d.State, Progress: d.Progress, Message: d.Message, LastStateTransitionTime: stamp(d.LastTransitionTime), DataEngine: "v1",
 			AllocatedBytes: d.AllocatedBytes,
 		}
+		total.ExclusiveBytes += d.AllocatedBytes
+	}
+	res.Space = space(total)
+	if w.SourceType == catalog.SourceUpload && o.CurrentChecksum == "" {
+		res.Actions["upload"] = res.Links["self"] + "?action=upload"
+	}
+	if v.in(catalog.ImageReady) {
+		res.Links["download"] = res.Links["self"] + "/download"
 	}
 	return res
 }
@@ -110,7 +116,7 @@ func (h *Handler) imageCreate(c *call) (any, error) {
 	if err := in.check(); err != nil {
 		return nil, err
 	}
-	source, err := in.source(c.r)
+	source, err := h.source(c, &in)
 	if err != nil {
 		return nil, err
 	}
@@ -155,56 +161,97 @@ func (in *imageInput) check() error {
 		return refuse("disk and node selectors")
 	}
 	switch in.SourceType {
-	case catalog.SourceDownload, catalog.SourceFile:
+	case catalog.SourceDownload, catalog.SourceFile, catalog.SourceUpload, catalog.SourceVolume:
 		return nil
-	case "upload", "export-from-volume", "restore", "clone":
+	case "restore", "clone":
 		return refuse("source type " + in.SourceType)
 	}
-	return Failure(CodeInvalid, "image %s: there is no source type %s; use %q with a url, or %q with a path", in.Name, quote(in.SourceType),
-		catalog.SourceDownload, catalog.SourceFile)
+	return Failure(CodeInvalid, "image %s: there is no source type %s; use %q with a url, %q, %q, or %q with a path", in.Name, quote(in.SourceType),
+		catalog.SourceDownload, catalog.SourceUpload, catalog.SourceVolume, catalog.SourceFile)
 }
 
 // source checks where the image comes from and returns the parameters that are kept.
-func (in *imageInput) source(r *http.Request) (map[string]string, error) {
-	bad := func(format string, args ...any) error {
-		return Failure(CodeInvalid, "image "+in.Name+": "+format, args...)
-	}
-	if in.SourceType == catalog.SourceFile {
+func (h *Handler) source(c *call, in *imageInput) (map[string]string, error) {
+	switch in.SourceType {
+	case catalog.SourceFile:
 		p := in.Parameters["path"]
-		switch {
-		case p == "":
-			return nil, bad("parameters.path is missing")
-		case !path.IsAbs(p) || path.Clean(p) != p || len(p) > 4096 || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }):
-			return nil, bad("path %s must be absolute, without \"..\" and control characters", quote(p))
-		case !overUnixSocket(r):
-			// Whoever may name a path may read any file of the node as a disk; the socket's mode says who may.
-			return nil, Failure(CodeForbidden, "image %s: a path on the node can be named only over the node's unix socket; use `ashlar image import`, "+
-				"or serve the file over http", in.Name)
+		if err := checkPath(c, "image "+in.Name, p, "use `ashlar image import` on the node, upload the file, or serve it over http"); err != nil {
+			return nil, err
 		}
 		return map[string]string{"path": p}, nil
+	case catalog.SourceUpload:
+		return map[string]string{}, nil
+	case catalog.SourceVolume:
+		return h.volumeSource(c, in)
+	}
+	return downloadSource(c, in)
+}
+
+// downloadSource checks a URL: http and https, and ours: an NBD export, which over a unix socket is a path on the node.
+func downloadSource(c *call, in *imageInput) (map[string]string, error) {
+	bad := func(format string, args ...any) error {
+		return Failure(CodeInvalid, "image "+in.Name+": "+format, args...)
 	}
 	raw := in.Parameters["url"]
 	if raw == "" {
 		return nil, bad("parameters.url is missing")
 	}
 	u, err := url.Parse(raw)
-	switch {
-	case err != nil || len(raw) > 4096:
+	if err != nil || len(raw) > 4096 {
 		return nil, bad("url %s cannot be read", quote(raw))
-	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, bad("url %s must begin with http:// or https://", quote(raw))
-	case u.Hostname() == "":
-		return nil, bad("url %s names no host", quote(raw))
-	case u.User != nil:
+	}
+	switch u.Scheme {
+	case "http", "https", "nbd", "nbds":
+		if u.Hostname() == "" {
+			return nil, bad("url %s names no host", quote(raw))
+		}
+	case "nbd+unix":
+		if err := checkPath(c, "image "+in.Name, u.Query().Get("socket"), "use `ashlar image import` on the node"); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, bad("url %s must begin with http://, https:// or nbd://", quote(raw))
+	}
+	if u.User != nil {
 		return nil, bad("a url with a password in it would be shown to everybody who can list images; use one without")
 	}
 	return map[string]string{"url": raw}, nil
 }
 
-// overUnixSocket tells whether a request came over a unix socket rather than TCP.
-func overUnixSocket(r *http.Request) bool {
-	addr, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
-	return ok && addr.Network() == "unix"
+// volumeSource checks an export from a volume: one that is there, and can be read.
+func (h *Handler) volumeSource(c *call, in *imageInput) (map[string]string, error) {
+	name, snapshot, format := in.Parameters["volume-name"], in.Parameters["snapshot-name"], in.Parameters["export-type"]
+	if name == "" {
+		return nil, Failure(CodeInvalid, "image %s: parameters.volume-name is missing", in.Name)
+	}
+	if format == "" {
+		format = formatRaw
+	}
+	if format != formatRaw && format != formatQcow2 {
+		return nil, Failure(CodeInvalid, "image %s: there is no export-type %s; use raw or qcow2", in.Name, quote(format))
+	}
+	v, err := h.loadVolume(c.r.Context(), name)
+	switch {
+	case CodeOf(err) == CodeNotFound:
+		return nil, Failure(CodeInvalid, "image %s: there is no volume %s to export", in.Name, quote(name))
+	case err != nil:
+		return nil, err
+	case v.wanted.Deleted != nil:
+		return nil, Failure(CodeConflict, "image %s: volume %s is being deleted", in.Name, name)
+	case v.observed.Robustness == catalog.RobustnessFaulted:
+		return nil, Failure(CodeSalvage, "image %s: volume %s is faulted; salvage it first", in.Name, name)
+	}
+	out := map[string]string{"volume-name": name, "export-type": format}
+	if snapshot == headName {
+		snapshot = ""
+	}
+	if snapshot != "" {
+		if err := wantSnapshot(v, snapshot); err != nil {
+			return nil, Because(err, CodeInvalid, "image %s: %v", in.Name, err)
+		}
+		out["snapshot-name"] = snapshot
+	}
+	return out, nil
 }
 
 // checksum reads an expected checksum: the dialect's bare SHA-512, or sha512:HEX or sha256:HEX. It returns the record's form.
@@ -271,12 +318,12 @@ func volumeWord(names []string) string {
 	return "volumes " + strings.Join(names, ", ")
 }
 
-func (h *Handler) imageActions() map[string]handler {
-	return map[string]handler{
-		"backingImageCleanup":      h.imageCleanup,
-		"updateMinNumberOfCopies":  h.imageCopies,
-		"upload":                   notBuilt("upload (images from a client)"),
-		"backupBackingImageCreate": notBuilt("backupBackingImageCreate (backups)"),
+func (h *Handler) imageActions() map[string]verb {
+	return map[string]verb{
+		"backingImageCleanup":      {do: h.imageCleanup, in: cleanupInput{}, out: BackingImage{}},
+		"updateMinNumberOfCopies":  {do: h.imageCopies, in: copiesInput{}, out: BackingImage{}},
+		"upload":                   {do: h.imageUpload, in: rawBody{}, out: BackingImage{}},
+		"backupBackingImageCreate": unbuilt("backupBackingImageCreate (backups)"),
 	}
 }
 

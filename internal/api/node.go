@@ -258,3 +258,7 @@ func (h *Handler) about(c *call) (any, error) {
 	res := Resource{ID: h.cfg.Node, Type: "about", Links: map[string]string{"self": c.url("about"), "node": c.url("nodes", h.cfg.Node)}, Actions: map[string]string{}}
 	return About{Resource: res, Node: h.cfg.Node, Version: h.cfg.Version}, nil
 }
+
+func (h *Handler) nodeActions() map[string]verb {
+	return map[string]verb{"diskUpdate": {do: h.diskUpdate, in: disksInput{}, out: Node{}}, "shutdown": {do: h.shutdown, in: shutdownInput{}, out: Node{}}}
+}

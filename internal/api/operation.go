@@ -157,6 +157,7 @@ func (h *Handler) snapshot(c *call, s catalog.SnapshotObserved) Snapshot {
 	out := Snapshot{
 		Resource: res, Name: s.Name, Parent: s.Parent, Children: map[string]bool{}, Removed: s.Removed, UserCreated: s.UserCreated,
 		Created: stamp(s.Created), Size: strconv.FormatInt(s.SizeBytes, 10), Labels: map[string]string{}, Checksum: s.Checksum,
+		Space: space(s.Space),
 	}
 	for _, child := range s.Children {
 		out.Children[child] = true
@@ -174,6 +175,6 @@ func (h *Handler) snapshotCR(c *call, v *volumeView, s catalog.SnapshotObserved)
 	return SnapshotCR{
 		Resource: plain.Resource, Name: s.Name, Volume: v.wanted.Name, CreationTime: plain.Created, CRCreationTime: plain.Created, Parent: s.Parent,
 		Children: plain.Children, MarkRemoved: s.Removed, ReadyToUse: !s.Removed, UserCreated: s.UserCreated, Size: s.SizeBytes,
-		RestoreSize: v.sizeBytes(), Labels: plain.Labels, Checksum: s.Checksum,
+		RestoreSize: v.sizeBytes(), Labels: plain.Labels, Checksum: s.Checksum, Space: plain.Space,
 	}
 }

@@ -58,7 +58,7 @@ type Volume struct {
 	NumberOfReplicas        int                  `json:"numberOfReplicas"`
 	State                   string               `json:"state"`      // creating, detached, attaching, attached, detaching, deleting
 	Robustness              string               `json:"robustness"` // healthy, degraded, faulted, unknown
-	Frontend                string               `json:"frontend"`   // nbd
+	Frontend                string               `json:"frontend"`   // blockdev, nbd
 	DisableFrontend         bool                 `json:"disableFrontend"`
 	BackingImage            string               `json:"backingImage"`
 	Created                 string               `json:"created"`
@@ -86,6 +86,8 @@ type Volume struct {
 	RestoreStatus           []any                `json:"restoreStatus"`
 	RebuildStatus           []any                `json:"rebuildStatus"`
 	PurgeStatus             []PurgeStatus        `json:"purgeStatus"`
+	Limits                  Limits               `json:"limits"` // ours
+	Space                   Space                `json:"space"`  // ours
 }
 
 // Controller is the engine of a volume, on the node where it is attached.
@@ -137,9 +139,10 @@ type Snapshot struct {
 	Removed     bool              `json:"removed"`
 	UserCreated bool              `json:"usercreated"` // the dialect's spelling
 	Created     string            `json:"created"`
-	Size        string            `json:"size"` // allocated by this layer, decimal bytes
+	Size        string            `json:"size"` // guest's bytes that this layer alone holds, decimal
 	Labels      map[string]string `json:"labels"`
 	Checksum    string            `json:"checksum"`
+	Space       Space             `json:"space"` // ours
 }
 
 // SnapshotCR is a snapshot as snapshotCRList shows it; volume-head is not among them.
@@ -159,6 +162,7 @@ type SnapshotCR struct {
 	Labels         map[string]string `json:"labels"`
 	Checksum       string            `json:"checksum"`
 	Error          string            `json:"error"`
+	Space          Space             `json:"space"` // ours
 }
 
 // BackingImage is an image.
@@ -166,7 +170,7 @@ type BackingImage struct {
 	Resource
 	Name              string              `json:"name"`
 	UUID              string              `json:"uuid"`
-	SourceType        string              `json:"sourceType"` // download, or ours: file
+	SourceType        string              `json:"sourceType"` // download, upload, export-from-volume, or ours: file
 	Parameters        map[string]string   `json:"parameters"`
 	ExpectedChecksum  string              `json:"expectedChecksum"`
 	CurrentChecksum   string              `json:"currentChecksum"` // sha512 of the file as received; "" until known
@@ -183,6 +187,7 @@ type BackingImage struct {
 	Created           string              `json:"created"`           // ours
 	Format            string              `json:"format"`            // ours: raw, qcow2
 	Digest            string              `json:"digest"`            // ours: of the content
+	Space             Space               `json:"space"`             // ours: of all copies
 }
 
 // DiskFile is one copy of an image, on one disk.
@@ -312,6 +317,71 @@ type Event struct {
 	Message    string `json:"message"`
 	Count      int    `json:"count"`
 	Time       string `json:"time"`
+	Revision   string `json:"revision"` // of the catalogue when it last changed; streams go on after it
+}
+
+// Token is a credential for clients that come over TLS.
+type Token struct {
+	Resource
+	Name     string `json:"name"`
+	ReadOnly bool   `json:"readOnly"` // good for reading only, guests' data included
+	Created  string `json:"created"`
+	Expires  string `json:"expires"` // "": never
+	Expired  bool   `json:"expired"`
+	Token    string `json:"token,omitempty"` // the secret, shown once: in the answer that made it
+}
+
+// Operation is something that is done once to a volume: its id is VOLUME/ID. Done ones are forgotten after an hour.
+type Operation struct {
+	Resource
+	Volume   string         `json:"volume"`
+	Verb     string         `json:"verb"`     // snapshot, revert, expand, snapshot-remove, purge, check, export
+	Snapshot string         `json:"snapshot"` // "": the present, or none
+	Size     string         `json:"size"`     // of an expansion, decimal bytes
+	Path     string         `json:"path"`     // of an export
+	Format   string         `json:"format"`   // of an export
+	Compress string         `json:"compress"` // of an export
+	State    string         `json:"state"`    // pending, running, done, failed
+	Progress int            `json:"progress"` // per cent
+	Reason   Code           `json:"reason"`   // of a failure
+	Message  string         `json:"message"`
+	Problems []CheckProblem `json:"problems"` // of a check
+	Created  string         `json:"created"`
+	Finished string         `json:"finished"`
+}
+
+// Limits bound what a volume's clients may do in a second, reads and writes together; 0 is no limit. Byte rates are decimal strings, as sizes are.
+type Limits struct {
+	IOPS                int64  `json:"iops"`
+	BytesPerSecond      string `json:"bytesPerSecond"`
+	BurstIOPS           int64  `json:"burstIOPS"` // for burstSeconds; 0: as iops
+	BurstBytesPerSecond string `json:"burstBytesPerSecond"`
+	BurstSeconds        int64  `json:"burstSeconds"` // how long the burst rates hold after a rest; 0: 1
+}
+
+// Space is what something takes on disk, in decimal bytes.
+type Space struct {
+	Exclusive   string `json:"exclusive"`   // would be free if it alone were deleted
+	Shared      string `json:"shared"`      // is read from others, who keep it
+	Reclaimable string `json:"reclaimable"` // a purge would free now
+}
+
+// SnapshotDiff is where two snapshots of a volume may differ, from an offset on.
+type SnapshotDiff struct {
+	Resource
+	Volume  string      `json:"volume"`
+	From    string      `json:"from"`    // the older; "": what is below the oldest
+	To      string      `json:"to"`      // "volume-head": the present
+	Size    int64       `json:"size"`    // of the volume
+	NextOff int64       `json:"nextOff"` // ask again from here; the size at the end
+	Ranges  []DiffChunk `json:"ranges"`  // ascending, whole units of 4096 bytes
+}
+
+// DiffChunk is one range, in bytes.
+type DiffChunk struct {
+	Off  int64 `json:"off"`
+	N    int64 `json:"n"`
+	Zero bool  `json:"zero"` // reads as zero in the newer one
 }
 
 // CheckReport is what `check` found in a volume.

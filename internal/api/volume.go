@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -156,6 +157,8 @@ func (h *Handler) volume(c *call, v *volumeView) Volume {
 	res.Replicas = h.replicas(v)
 	res.Controllers = []Controller{h.controller(v)}
 	res.PurgeStatus = purgeStatus(v, res.Replicas)
+	res.Limits, res.Space = limits(w.Limits), space(v.observed.Space)
+	res.Links["download"] = res.Links["self"] + "/download"
 	return res
 }
 
@@ -258,19 +261,20 @@ func purgeStatus(v *volumeView, replicas []Replica) []PurgeStatus {
 
 // volumeInput is what a client may ask of a new volume. Fields that are not here are ignored.
 type volumeInput struct {
-	Name             string   `json:"name"`
-	Size             string   `json:"size"`
-	NumberOfReplicas int      `json:"numberOfReplicas"`
-	BackingImage     string   `json:"backingImage"`
-	Frontend         string   `json:"frontend"`
-	DataEngine       string   `json:"dataEngine"`
-	AccessMode       string   `json:"accessMode"`
-	FromBackup       string   `json:"fromBackup"`
-	DataSource       string   `json:"dataSource"`
-	Encrypted        bool     `json:"encrypted"`
-	Standby          bool     `json:"standby"`
-	DiskSelector     []string `json:"diskSelector"`
-	NodeSelector     []string `json:"nodeSelector"`
+	Name             string      `json:"name"`
+	Size             string      `json:"size"`
+	NumberOfReplicas int         `json:"numberOfReplicas"`
+	BackingImage     string      `json:"backingImage"`
+	Frontend         string      `json:"frontend"`
+	DataEngine       string      `json:"dataEngine"`
+	AccessMode       string      `json:"accessMode"`
+	FromBackup       string      `json:"fromBackup"`
+	DataSource       string      `json:"dataSource"`
+	Encrypted        bool        `json:"encrypted"`
+	Standby          bool        `json:"standby"`
+	DiskSelector     []string    `json:"diskSelector"`
+	NodeSelector     []string    `json:"nodeSelector"`
+	Limits           limitsInput `json:"limits"` // ours
 }
 
 func (h *Handler) volumeCreate(c *call) (any, error) {
@@ -285,7 +289,10 @@ func (h *Handler) volumeCreate(c *call) (any, error) {
 		return nil, err
 	}
 	ctx := c.r.Context()
-	w := catalog.VolumeWanted{Name: in.Name, Copies: in.NumberOfReplicas, Frontend: catalog.FrontendNBD, Created: h.cfg.Now().UTC()}
+	w := catalog.VolumeWanted{Name: in.Name, Copies: in.NumberOfReplicas, Frontend: cmp.Or(in.Frontend, h.cfg.Frontend), Created: h.cfg.Now().UTC()}
+	if err := in.Limits.apply(w.Name, &w.Limits); err != nil {
+		return nil, err
+	}
 	if w.Copies == 0 {
 		n, err := h.settingNumber(ctx, "default-replica-count")
 		if err != nil {
@@ -316,12 +323,10 @@ func (in *volumeInput) check() error {
 		return Failure(CodeInvalid, "volume %s: numberOfReplicas is %d; 1 to 20 are allowed", in.Name, in.NumberOfReplicas)
 	case in.DataEngine != "" && in.DataEngine != "v1":
 		return Failure(CodeNotSupported, "volume %s: data engine %s is not supported; leave it out", in.Name, quote(in.DataEngine))
-	case in.Frontend == "blockdev":
-		return refuse(`frontend "blockdev" (use "nbd")`)
 	case in.Frontend == "iscsi":
-		return refuse(`frontend "iscsi" (use "nbd")`)
-	case in.Frontend != "" && in.Frontend != catalog.FrontendNBD:
-		return Failure(CodeInvalid, "volume %s: there is no frontend %s; use %q", in.Name, quote(in.Frontend), catalog.FrontendNBD)
+		return refuse(`frontend "iscsi" (use "blockdev" or "nbd")`)
+	case in.Frontend != "" && in.Frontend != catalog.FrontendNBD && in.Frontend != catalog.FrontendBlockdev:
+		return Failure(CodeInvalid, "volume %s: there is no frontend %s; use %q or %q", in.Name, quote(in.Frontend), catalog.FrontendBlockdev, catalog.FrontendNBD)
 	case in.AccessMode != "" && in.AccessMode != "rwo":
 		return refuse("access mode " + quote(in.AccessMode))
 	case in.FromBackup != "":
@@ -429,24 +434,29 @@ func (h *Handler) volumeDelete(c *call) (any, error) {
 
 // volumeActionsOf lists the verbs that make sense in a volume's state.
 func volumeActionsOf(v *volumeView) []string {
-	actions := []string{"attach", "detach", "check"}
+	actions := []string{"attach", "detach", "check", "updateLimits"}
 	switch {
 	case v.observed.Robustness == catalog.RobustnessFaulted:
 		return append(actions, "salvage")
 	case v.attached():
 		return append(actions, "expand", "snapshotCRCreate", "snapshotCRGet", "snapshotCRList", "snapshotCRDelete",
-			"snapshotCreate", "snapshotGet", "snapshotList", "snapshotDelete", "snapshotRevert", "snapshotPurge")
+			"snapshotCreate", "snapshotGet", "snapshotList", "snapshotDelete", "snapshotRevert", "snapshotPurge", "snapshotDiff", "exportFile")
 	}
-	return append(actions, "expand", "snapshotCRGet", "snapshotCRList")
+	return append(actions, "expand", "snapshotCRGet", "snapshotCRList", "exportFile")
 }
 
 // volumeActions lists every verb of the dialect, built or not.
-func (h *Handler) volumeActions() map[string]handler {
-	all := map[string]handler{
-		"attach": h.attach, "detach": h.detach, "salvage": h.salvage, "expand": h.expand, "check": h.check,
-		"snapshotCreate": h.snapshotCreate, "snapshotList": h.snapshotList, "snapshotGet": h.snapshotGet,
-		"snapshotDelete": h.snapshotDelete, "snapshotRevert": h.snapshotRevert, "snapshotPurge": h.snapshotPurge,
-		"snapshotCRCreate": h.snapshotCRCreate, "snapshotCRList": h.snapshotCRList, "snapshotCRGet": h.snapshotCRGet, "snapshotCRDelete": h.snapshotCRDelete,
+func (h *Handler) volumeActions() map[string]verb {
+	all := map[string]verb{
+		"attach": {do: h.attach, in: attachInput{}, out: Volume{}}, "detach": {do: h.detach, in: detachInput{}, out: Volume{}},
+		"salvage": {do: h.salvage, in: salvageInput{}, out: Volume{}}, "expand": {do: h.expand, in: expandInput{}, out: Volume{}},
+		"check": {do: h.check, out: CheckReport{}}, "updateLimits": {do: h.updateLimits, in: limitsInput{}, out: Volume{}},
+		"exportFile": {do: h.exportFile, in: exportInput{}, out: Operation{}}, "snapshotDiff": {do: h.snapshotDiff, in: diffInput{}, out: SnapshotDiff{}, reads: true},
+		"snapshotCreate": {do: h.snapshotCreate, in: snapshotInput{}, out: Snapshot{}}, "snapshotList": {do: h.snapshotList, out: Collection[Snapshot]{}, reads: true},
+		"snapshotGet": {do: h.snapshotGet, in: snapshotInput{}, out: Snapshot{}, reads: true}, "snapshotDelete": {do: h.snapshotDelete, in: snapshotInput{}, out: Volume{}},
+		"snapshotRevert": {do: h.snapshotRevert, in: snapshotInput{}}, "snapshotPurge": {do: h.snapshotPurge, out: Volume{}},
+		"snapshotCRCreate": {do: h.snapshotCRCreate, in: snapshotInput{}, out: SnapshotCR{}}, "snapshotCRList": {do: h.snapshotCRList, out: Collection[SnapshotCR]{}, reads: true},
+		"snapshotCRGet": {do: h.snapshotCRGet, in: snapshotInput{}, out: SnapshotCR{}, reads: true}, "snapshotCRDelete": {do: h.snapshotCRDelete, in: snapshotInput{}, out: struct{}{}},
 	}
 	for what, verbs := range map[string]string{
 		"backups":                       "snapshotBackup",
@@ -461,7 +471,7 @@ func (h *Handler) volumeActions() map[string]handler {
 		"this setting of a volume":      "updateSnapshotDataIntegrity updateSnapshotMaxCount updateSnapshotMaxSize updateUnmapMarkSnapChainRemoved updateBackupCompressionMethod updateFreezeFilesystemForSnapshot updateOfflineRebuilding",
 	} {
 		for verb := range strings.SplitSeq(verbs, " ") {
-			all[verb] = notBuilt(verb + " (" + what + ")")
+			all[verb] = unbuilt(verb + " (" + what + ")")
 		}
 	}
 	return all

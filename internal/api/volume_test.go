@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -51,7 +52,9 @@ func TestRefusals(t *testing.T) {
 		{CodeConflict, "POST", "/v1/volumes", `{"name":"a","backingImage":"slow"}`, []string{"wait for the import"}},
 		{CodeInvalid, "POST", "/v1/volumes", `{"name":"a","backingImage":"huge"}`, []string{"16 TiB", "15 TiB"}},
 		{CodeExists, "POST", "/v1/volumes", `{"name":"db1","size":"1Gi"}`, []string{"db1 exists already"}},
-		{CodeNotBuilt, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","frontend":"blockdev"}`, []string{"blockdev", "not built"}},
+		{CodeInvalid, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","limits":{"iops":-1}}`, []string{"limit iops", `"-1"`}},
+		{CodeInvalid, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","limits":{"burstIOPS":10}}`, []string{"burstIOPS needs iops"}},
+		{CodeInvalid, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","limits":7}`, []string{`"limits"`, "an object"}},
 		{CodeNotBuilt, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","frontend":"iscsi"}`, []string{"iscsi", "not built"}},
 		{CodeInvalid, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","frontend":"smoke"}`, []string{`no frontend "smoke"`}},
 		{CodeNotBuilt, "POST", "/v1/volumes", `{"name":"a","size":"1Gi","fromBackup":"s3://x"}`, []string{"restoring"}},
@@ -91,14 +94,45 @@ func TestRefusals(t *testing.T) {
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":5}}`, []string{"parameters", "a string"}},
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"file","parameters":{"path":"../x"}}`, []string{"absolute"}},
 		{CodeForbidden, "POST", "/v1/backingimages", `{"name":"a","sourceType":"file","parameters":{"path":"/etc/shadow"}}`, []string{"unix socket"}},
-		{CodeNotBuilt, "POST", "/v1/backingimages", `{"name":"a","sourceType":"upload"}`, []string{"upload"}},
-		{CodeNotBuilt, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume"}`, []string{"export-from-volume"}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd:///x"}}`, []string{"no host"}},
+		{CodeForbidden, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd+unix:///x?socket=/run/x"}}`, []string{"unix socket"}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd+unix:///x"}}`, []string{"the path is missing"}},
+		{CodeNotBuilt, "POST", "/v1/backingimages", `{"name":"a","sourceType":"clone"}`, []string{"clone"}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume"}`, []string{"volume-name is missing"}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume","parameters":{"volume-name":"nothing"}}`, []string{`no volume "nothing"`}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume","parameters":{"volume-name":"live","export-type":"vmdk"}}`, []string{`"vmdk"`}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume","parameters":{"volume-name":"live","snapshot-name":"s9"}}`, []string{`no snapshot "s9"`}},
+		{CodeConflict, "POST", "/v1/backingimages/debian?action=upload&size=512", ``, []string{"comes from download"}},
+		{CodeNotFound, "POST", "/v1/backingimages/nothing?action=upload&size=512", ``, nil},
+		{CodeInvalid, "POST", "/v1/volumes/db1?action=updateLimits", `{"iops":"many"}`, []string{`"many"`}},
+		{CodeInvalid, "POST", "/v1/volumes/db1?action=updateLimits", `{"iops":100,"burstIOPS":50}`, []string{"less than iops"}},
+		{CodeInvalid, "POST", "/v1/volumes/db1?action=updateLimits", `{"bytesPerSecond":"1"}`, []string{"4096"}},
+		{CodeInvalid, "POST", "/v1/volumes/db1?action=updateLimits", `{"burstSeconds":7200}`, []string{"3600"}},
+		{CodeNotFound, "POST", "/v1/volumes/nothing?action=updateLimits", `{}`, nil},
+		{CodeForbidden, "POST", "/v1/volumes/db1?action=exportFile", `{"path":"/tmp/x.raw"}`, []string{"unix socket"}},
+		{CodeInvalid, "POST", "/v1/volumes/db1?action=exportFile", `{"path":"x.raw"}`, []string{"absolute"}},
+		{CodeNotAttached, "POST", "/v1/volumes/db1?action=snapshotDiff", `{}`, []string{"attach it first"}},
+		{CodeNotFound, "POST", "/v1/volumes/bare?action=snapshotDiff", `{"from":"s9"}`, []string{"s9"}},
+		{CodeInvalid, "POST", "/v1/volumes/bare?action=snapshotDiff", `{"from":"volume-head"}`, []string{"older"}},
+		{CodeInvalid, "POST", "/v1/volumes/bare?action=snapshotDiff", `{"off":-1}`, []string{"off is -1"}},
+		{CodeNotFound, "GET", "/v1/operations/db1/ff", ``, []string{"no operation"}},
+		{CodeNotFound, "GET", "/v1/tokens/t", ``, nil},
+		{CodeNotFound, "DELETE", "/v1/tokens/t", ``, nil},
+		{CodeInvalid, "POST", "/v1/tokens", `{}`, []string{"name is missing"}},
+		{CodeInvalid, "POST", "/v1/tokens", `{"name":"t","expires":"1999-01-01T00:00:00Z"}`, []string{"to come"}},
+		{CodeInvalid, "POST", "/v1/tokens", `{"name":"t","expires":"soon"}`, []string{`"soon"`}},
+		{CodeUnauthorized, "GET", "/v1/volumes?token=abc", ``, []string{"token in the wrong place", "URL"}},
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"thin air"}`, []string{`"thin air"`}},
 		{CodeExists, "POST", "/v1/backingimages", `{"name":"debian","sourceType":"download","parameters":{"url":"http://h/x"}}`, []string{"exists already"}},
 		{CodeInUse, "DELETE", "/v1/backingimages/debian", ``, []string{"in use by volume db1"}},
 		{CodeInUse, "POST", "/v1/backingimages/debian?action=backingImageCleanup", `{"disks":["DISK"]}`, []string{"in use by volume db1"}},
 		{CodeInvalid, "POST", "/v1/backingimages/debian?action=updateMinNumberOfCopies", `{"minNumberOfCopies":0}`, []string{"1 to 20"}},
-		{CodeNotBuilt, "GET", "/v1/backingimages/debian/download", ``, []string{"download"}},
+		{CodeNotFound, "GET", "/v1/backingimages/nothing/download", ``, []string{"no such image"}},
+		{CodeInvalid, "GET", "/v1/backingimages/debian/download?format=vmdk", ``, []string{`"vmdk"`}},
+		{CodeConflict, "GET", "/v1/backingimages/slow/download", ``, []string{"not ready"}},
+		{CodeNotFound, "GET", "/v1/volumes/nothing/download", ``, nil},
+		{CodeNotFound, "GET", "/v1/volumes/live/download?snapshot=s9", ``, []string{"s9"}},
+		{CodeInvalid, "GET", "/v1/volumes/live/download?format=vmdk", ``, nil},
 		{CodeNotFound, "GET", "/v1/backingimages/debian/other", ``, nil},
 		{CodeNotFound, "GET", "/v1/volumes/db1/a/b/c", ``, nil},
 		{CodeNotFound, "GET", "//v1/volumes", ``, nil},
@@ -107,8 +141,11 @@ func TestRefusals(t *testing.T) {
 		{CodeMethod, "HEAD", "/v1/volumes", ``, nil},
 		{CodeMethod, "POST", "/healthz", ``, []string{"GET"}},
 		{CodeMethod, "POST", "/metrics", ``, []string{"GET"}},
-		{CodeNotBuilt, "GET", "/v1/events?watch", ``, []string{"stream"}},
-		{CodeNotBuilt, "GET", "/v1/ws/1s", ``, []string{"websockets"}},
+		{CodeInvalid, "GET", "/v1/events?follow=true&after=x", ``, []string{"revision"}},
+		{CodeNotFound, "GET", "/v1/ws/1s", ``, []string{"there are:", "volumes"}},
+		{CodeNotFound, "GET", "/v1/ws/1s/about", ``, []string{"about"}},
+		{CodeInvalid, "GET", "/v1/ws/volumes", ``, []string{"/v1/volumes"}},
+		{CodeInvalid, "GET", "/v1/ws/soon/volumes", ``, []string{`"soon"`}},
 		{CodeInUse, "POST", "/v1/nodes/n1?action=shutdown", `{}`, []string{"volumes bare, live"}},
 		{CodeNotBuilt, "POST", "/v1/nodes/n2?action=shutdown", `{}`, nil},
 		{CodeInvalid, "POST", "/v1/nodes/n1?action=diskUpdate", `{}`, []string{"disks is missing"}},
@@ -549,7 +586,7 @@ func TestOtherSites(t *testing.T) {
 				r.Header.Set("Sec-Fetch-Site", site)
 			}
 			w := newRecorder()
-			x.h.ServeHTTP(w, r)
+			x.h.ServeHTTP(w, onLoopback(r))
 			if w.Code != want || !json.Valid(w.Body.Bytes()) {
 				t.Errorf("%q: %d %s", site, w.Code, w.Body)
 			}
@@ -557,14 +594,22 @@ func TestOtherSites(t *testing.T) {
 	})
 }
 
-// TestCheckListen lets only loopback through.
+// TestCheckListen lets only loopback through, unless it is TLS.
 func TestCheckListen(t *testing.T) {
 	for addr, ok := range map[string]bool{
 		"127.0.0.1:9500": true, "127.9.9.9:1": true, "localhost:9500": true, "[::1]:9500": true, "[::ffff:127.0.0.1]:1": true,
 		"0.0.0.0:9500": false, ":9500": false, "192.0.2.1:9500": false, "[::]:9500": false, "example.org:9500": false, "127.0.0.1": false, "": false, "127.0.0.1.example.org:1": false,
 	} {
-		if err := CheckListen(addr); (err == nil) != ok {
+		if err := CheckListen(addr, Plain); (err == nil) != ok {
 			t.Errorf("CheckListen(%q) is %v", addr, err)
+		}
+		if err := CheckListen(addr, OverTLS); errors.Is(err, ErrListen) {
+			t.Errorf("CheckListen(%q) over TLS is %v", addr, err)
+		}
+	}
+	for _, addr := range []string{"", "127.0.0.1", "host:port-that-is-none"} {
+		if CheckListen(addr, OverTLS) == nil {
+			t.Errorf("CheckListen(%q) over TLS is fine", addr)
 		}
 	}
 }

@@ -75,7 +75,7 @@ func (c *Config) check() error {
 		return fmt.Errorf("%w: a node needs a name", ErrConfig)
 	}
 	if c.Listen != "" {
-		if err := api.CheckListen(c.Listen); err != nil {
+		if err := api.CheckListen(c.Listen, api.Plain); err != nil {
 			return fmt.Errorf("%w: --listen %s: %w", ErrConfig, c.Listen, err)
 		}
 	}
@@ -149,6 +149,8 @@ func (n *Node) build(ctx context.Context) error {
 	n.loop("agent", ag.Run)
 	n.loop("control", control.New(control.Config{Catalog: cat, Log: n.cfg.Log}).Run)
 	handler := api.New(api.Config{Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, CodeOf: codeOf, Log: n.cfg.Log})
+	// Streams have no end of their own, and would hold up the shutdown of what serves them.
+	n.undo = append(n.undo, handler.Close)
 	for _, l := range listeners {
 		n.loop("REST on "+l.Addr().String(), func(ctx context.Context) error { return client.Serve(ctx, l, handler, time.Second) })
 	}
