@@ -15,37 +15,40 @@ import (
 // Check implements client.Service. It changes nothing. The head of an open volume is left out: it changes under the checker's eyes, and is checked by
 // every open; detach the volume to have it looked at.
 func (p *Process) Check(ctx context.Context, a client.Check) (client.Problems, error) {
-	found, err := p.check(ctx, a)
+	out, err := p.check(ctx, a)
 	if err != nil {
 		return client.Problems{}, forWire(fmt.Errorf("check: %w", err))
 	}
-	return client.Problems{Problems: found}, nil
+	return out, nil
 }
 
-func (p *Process) check(ctx context.Context, a client.Check) ([]client.Problem, error) {
+func (p *Process) check(ctx context.Context, a client.Check) (out client.Problems, err error) {
 	open := false
 	if s := p.slot(a.VolumeID); s != nil {
 		// The token is held, so that the chain stays as it is meanwhile.
 		if err := s.take(ctx); err != nil {
-			return nil, err
+			return out, err
 		}
 		defer s.give()
 		args, state, _ := s.look()
 		a.DiskID, a.ReplicaID, open = args.DiskID, args.ReplicaID, state == stateOpen
 	}
 	if !validID(a.ReplicaID) {
-		return nil, fmt.Errorf("volume %.40q is not open here, and replica %.40q is none: %w", a.VolumeID, a.ReplicaID, client.ErrNotFound)
+		return out, fmt.Errorf("volume %.40q is not open here, and replica %.40q is none: %w", a.VolumeID, a.ReplicaID, client.ErrNotFound)
 	}
 	d, err := p.disk(a.DiskID)
 	if err != nil {
-		return nil, err
+		return out, err
 	}
 	dir, err := local.Find(d.fs, a.ReplicaID)
 	if err != nil {
-		return nil, err
+		return out, err
 	}
 	f := local.Look(d.fs, dir)
 	found := []client.Problem{}
+	if open && len(f.Chain.Layers) > 0 {
+		out.LeftOut = []string{fmt.Sprintf("the head, %s: it changes while the volume is open, and was checked when it was opened; detach the volume to have it checked too", f.Chain.Layers[0])}
+	}
 	if f.Err != nil {
 		found = append(found, client.Problem{Object: dir, What: f.Err.Error()})
 	}
@@ -55,7 +58,7 @@ func (p *Process) check(ctx context.Context, a client.Check) ([]client.Problem, 
 	for _, names := range checkOrder(f, open) {
 		problems, err := layer.Check(ctx, d.fs, names)
 		if err != nil {
-			return nil, err
+			return out, err
 		}
 		for _, pr := range problems {
 			what := pr.Text
@@ -65,7 +68,8 @@ func (p *Process) check(ctx context.Context, a client.Check) ([]client.Problem, 
 			found = append(found, client.Problem{Object: pr.Name, What: what})
 		}
 	}
-	return found, nil
+	out.Problems = found
+	return out, nil
 }
 
 // checkOrder returns the layer files to check: the stack of the present, head first and the image last, and then each layer beside it alone.

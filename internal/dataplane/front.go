@@ -31,6 +31,7 @@ type holder interface {
 const (
 	heldControl = "control/"
 	heldNBD     = "nbd/"
+	heldTCP     = "nbd-tcp"
 )
 
 // heldListeners keeps listening sockets with the holder.
@@ -138,7 +139,7 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 	if err != nil {
 		return err
 	}
-	wanted := map[string]bool{heldControl + p.cfg.Version: true}
+	wanted := map[string]bool{heldControl + p.cfg.Version: true, heldTCP: f.Network.Address != ""}
 	for _, e := range f.Volumes {
 		if e.Open.Frontend == frontendNBD {
 			wanted[heldNBD+e.Open.Volume] = true
@@ -152,6 +153,8 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 			err = p.removeControl(ctx, v)
 		} else if v, ok := strings.CutPrefix(n, heldNBD); ok {
 			err = p.nbd.Remove(ctx, v)
+		} else if n == heldTCP {
+			err = p.listeners.Forget(ctx, n)
 		} // whoever put anything else there knows
 		if err != nil {
 			return err

@@ -277,6 +277,11 @@ func (p *Process) deleteImage(a client.DeleteImage) error {
 	if j, ok := p.job(a.ImageID); ok && j.State == jobRunning && j.DiskID == a.DiskID {
 		return fmt.Errorf("%w: it is being imported", client.ErrInUse)
 	}
+	p.sources.mu.Lock()
+	defer p.sources.mu.Unlock()
+	if id, found := p.sources.ofImage(a.DiskID, a.ImageID); found {
+		return fmt.Errorf("%w: source %s reads it", client.ErrInUse, id)
+	}
 	if err := d.deleteImage(a.ImageID); err != nil {
 		return err
 	}

@@ -37,6 +37,7 @@ type openFile struct {
 	Salvage map[string]string    `json:"salvage"` // detached after a flush failed: volume id -> why
 }
 
+	Network client.Network       `json:"network,omitzero"`
 // openList is open.json: what this process, killed and started again on the same boot, opens by itself. Each change is durable (file and name
 // flushed) when its method returns, and comes before what it announces. All methods may be called concurrently.
 type openList struct {
@@ -114,7 +115,7 @@ func (l *openList) change(edit func(*openFile)) error {
 }
 
 func (f openFile) clone() openFile {
-	c := openFile{Format: f.Format, BootID: f.BootID, Volumes: map[string]openEntry{}, Salvage: map[string]string{}}
+	c := openFile{Format: f.Format, BootID: f.BootID, Network: f.Network, Volumes: map[string]openEntry{}, Salvage: map[string]string{}}
 	c.Disks = append(c.Disks, f.Disks...)
 	for id, e := range f.Volumes {
 		c.Volumes[id] = e
@@ -227,3 +228,8 @@ func syncDir(path string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+// setNetwork records what is offered over TCP.
+func (l *openList) setNetwork(a client.Network) error {
+	return l.change(func(f *openFile) { f.Network = a })
+}
+

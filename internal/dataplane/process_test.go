@@ -508,7 +508,7 @@ func TestCheck(t *testing.T) {
 	check := func(what string, ask client.Check, want bool) {
 		t.Helper()
 		got, err := c.Check(t.Context(), ask)
-		if err != nil || (len(got.Problems) > 0) != want {
+		if err != nil || (len(got.Problems) > 0) != want || (len(got.LeftOut) == 1) != (ask.VolumeID != "") {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
 	}

@@ -148,6 +148,8 @@ type Process struct {
 
 	mu       sync.Mutex // guards the rest
 	ending   bool       // nothing is opened any more
+	network    network
+	sources    *sources
 	diskByID map[string]*diskDir
 	slotByID map[string]*slot
 	jobByID  map[string]*importJob
@@ -184,6 +186,9 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 // serve brings everything up, answers the control socket, and takes everything down.
 func (p *Process) serve(ctx context.Context) error {
 	was := p.list.snapshot()
+	if p.sources, err = newSources(cfg); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
 	if err := p.sweepListeners(ctx, was); err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
@@ -206,6 +211,7 @@ func (p *Process) serve(ctx context.Context) error {
 		}
 	})
 	context.AfterFunc(serving, p.board.bump) // long polls are answered
+	p.restoreNetwork(ctx, was.Network)
 	err = client.Serve(serving, ln, client.Handler(p), stopTimeout)
 	stop()
 	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
@@ -227,7 +233,7 @@ func (p *Process) leave(ctx context.Context, verb client.Shutdown) error {
 
 // close suspends what is still open, ends everything in the background, and gives the disks up.
 func (p *Process) close(ctx context.Context) error {
-	err := p.suspendAll(ctx)
+	err := errors.Join(p.suspendAll(ctx), p.sources.close(ctx))
 	p.cancel()
 	p.wg.Wait()
 	for _, d := range p.disks() {
@@ -247,7 +253,7 @@ func (p *Process) suspendAll(ctx context.Context) error {
 	for _, s := range p.slots() {
 		s.liftLimits()
 	}
-	return errors.Join(p.nbd.Drain(drain), p.endAll(ctx, p.suspendSlot))
+	return errors.Join(p.stopNetwork(drain), p.nbd.Drain(drain), p.endAll(ctx, p.suspendSlot))
 }
 
 // endAll lets nothing more be opened and calls end for every volume at once.

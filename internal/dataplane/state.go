@@ -69,3 +69,4 @@ func (p *Process) State(ctx context.Context) (client.State, error) {
 
 // Hello implements client.Service.
 func (p *Process) Hello(context.Context) (client.Hello, error) { return p.hello(), nil }
+	st.Network, _ = p.network.look()

@@ -12,19 +12,6 @@ func errUnbuilt(verb string) error {
 	return fmt.Errorf("%s: %w: this build does not have it", verb, client.ErrInvalid)
 }
 
-// SetNetwork implements client.Service.
-func (p *Process) SetNetwork(context.Context, client.Network) error { return errUnbuilt("set network") }
-
-// OpenSource implements client.Service.
-func (p *Process) OpenSource(context.Context, client.OpenSource) (client.Source, error) {
-	return client.Source{}, errUnbuilt("open source")
-}
-
-// CloseSource implements client.Service.
-func (p *Process) CloseSource(context.Context, client.CloseSource) error {
-	return errUnbuilt("close source")
-}
-
 // ExportImage implements client.Service.
 func (p *Process) ExportImage(context.Context, client.ExportImage) (client.Job, error) {
 	return client.Job{}, errUnbuilt("export image")

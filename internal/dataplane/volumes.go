@@ -432,7 +432,7 @@ func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 	s.liftLimits()
 	p.board.bump()
 	var errs []error
-	errs = append(errs, p.disable(ctx, args))
+	errs = append(errs, p.disable(ctx, args), p.sources.closeOf(ctx, args.VolumeID))
 	if vol != nil {
 		err := vol.Close(ctx)
 		if errors.Is(err, block.ErrFailed) && !failed { // the last flush is a flush
@@ -456,7 +456,7 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	vol, rep, name, volumeID := s.vol, s.rep, s.args.Volume, s.args.VolumeID
 	s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateClosing
 	s.mu.Unlock()
-	var errs []error
+	errs := []error{p.sources.closeOf(ctx, volumeID)}
 	if vol != nil {
 		err := vol.Suspend(ctx)
 		if errors.Is(err, block.ErrFailed) { // the last flush is a flush
@@ -485,6 +485,7 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 		st.Stats.Throttled = dev.Rate().Waited()
 	}
 	if vol != nil && st.State != stateClosing {
+		st.TCPEndpoint = p.network.endpoint(a.Volume)
 		vs, statusErr := vol.Status(ctx)
 		if statusErr == nil {
 			st.SizeBytes, st.Layers = vs.SizeBytes, layersOf(vs)

@@ -133,6 +133,24 @@ func bindNew(dir string, maxName int) (*net.UnixListener, string, error) {
 	}
 }
 
+// SweepStale removes the sockets in dir at which nobody listens: what processes left that are gone. A directory that is missing is empty.
+func SweepStale(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("export: sweep sockets: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if e.Type() != fs.ModeSocket || checkStale(path) != nil {
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("export: sweep sockets: %w", err)
+		}
+	}
+	return nil
+}
+
 // checkStale returns nil if path is free, or a socket at which nobody listens.
 func checkStale(path string) error {
 	info, err := os.Lstat(path)

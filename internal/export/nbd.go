@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -62,9 +63,22 @@ type NBD struct {
 
 // served is an exported volume. A place that Add has reserved has no server yet.
 type served struct {
+	export   nbd.Export
 	server   *nbd.Server
+	listener net.Listener
 	wg       sync.WaitGroup // Serve
 	removing bool
+	visitors map[*visitor]bool // connections over TCP that asked for it
+	past     nbd.Stats         // of those that ended
+}
+
+// servers are all that serve it now.
+func (v *served) servers() []*nbd.Server {
+	all := []*nbd.Server{v.server}
+	for t := range v.visitors {
+		all = append(all, t.server)
+	}
+	return all
 }
 
 // NewNBD returns a frontend that exports nothing yet.
@@ -101,15 +115,16 @@ func (n *NBD) Add(ctx context.Context, volume string, dev block.Device, opts Opt
 	if err := checkPath(n.Path(volume)); err != nil {
 		return "", err
 	}
+	export := nbd.Export{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly, MayWait: opts.MayWait}
 	server, err := nbd.NewServer(nbd.Config{
-		Exports:  nbd.Single{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly, MayWait: opts.MayWait},
+		Exports:  nbd.Single(export),
 		MaxConns: n.cfg.MaxConns,
 		Report:   func(err error) { n.cfg.Report(volume, err) },
 	})
 	if err != nil {
 		return "", fmt.Errorf("export %s: %w", volume, err)
 	}
-	v := &served{}
+	v := &served{export: export, visitors: map[*visitor]bool{}}
 	if err := n.reserve(volume, v); err != nil {
 		return "", err
 	}
@@ -123,9 +138,9 @@ func (n *NBD) Add(ctx context.Context, volume string, dev block.Device, opts Opt
 		delete(n.volumes, volume)
 		return "", fmt.Errorf("export %s: %w", volume, err)
 	}
-	v.server = server
+	v.server, v.listener = server, l
 	v.wg.Go(func() {
-		if err := server.Serve(l); err != nil && !errors.Is(err, nbd.ErrServerClosed) {
+		if err := server.Serve(l); err != nil && !errors.Is(err, nbd.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			n.cfg.Report(volume, err)
 		}
 	})
@@ -161,15 +176,17 @@ func (n *NBD) Remove(ctx context.Context, volume string) error {
 		n.mu.Unlock()
 		return fmt.Errorf("export: remove %s, which is being added or removed: %w", volume, ErrExists)
 	}
+	var servers []*nbd.Server
 	if v != nil {
-		v.removing = true
+		v.removing = true // no visitor comes any more
+		servers = v.servers()
 	}
 	n.mu.Unlock()
 
 	// The path goes first: from here on clients are told that there is nothing, rather than left waiting.
 	err := errors.Join(removeSocket(n.Path(volume)), n.cfg.Listeners.Forget(ctx, heldName(volume)))
 	if v != nil {
-		err = errors.Join(err, v.server.Drain(ctx))
+		err = errors.Join(err, endServers(servers, func(s *nbd.Server) error { return s.Drain(ctx) }))
 		v.wg.Wait()
 	}
 	n.mu.Lock()
@@ -215,22 +232,19 @@ func (n *NBD) end(how func(*nbd.Server) error) error {
 	n.mu.Lock()
 	n.closed = true
 	var all []*served
+	var servers []*nbd.Server
 	for _, v := range n.volumes {
 		if v.server != nil {
 			all = append(all, v)
+			servers = append(servers, v.servers()...)
 		}
 	}
 	n.mu.Unlock()
-	var wg sync.WaitGroup
-	errs := make([]error, len(all))
-	for i, v := range all {
-		wg.Go(func() {
-			errs[i] = how(v.server)
-			v.wg.Wait()
-		})
+	err := endServers(servers, how)
+	for _, v := range all {
+		v.wg.Wait()
 	}
-	wg.Wait()
-	return errors.Join(errs...)
+	return err
 }
 
 // Stats returns what each exported volume did since it was added.
@@ -240,7 +254,11 @@ func (n *NBD) Stats() map[string]nbd.Stats {
 	out := make(map[string]nbd.Stats, len(n.volumes))
 	for name, v := range n.volumes {
 		if v.server != nil {
-			out[name] = v.server.Stats()[name]
+			st := v.past
+			for _, s := range v.servers() {
+				st = addStats(st, s.Stats()[name])
+			}
+			out[name] = st
 		}
 	}
 	return out
@@ -254,7 +272,11 @@ func (n *NBD) Conns(volume string) []nbd.ConnInfo {
 	if v == nil || v.server == nil {
 		return nil
 	}
-	return v.server.Conns()
+	var all []nbd.ConnInfo
+	for _, s := range v.servers() {
+		all = append(all, s.Conns()...)
+	}
+	return all
 }
 
 // checkName refuses names that would leave the directory or not be seen in it. A leading dot is for sockets that are not in place yet.

@@ -202,23 +202,25 @@ type Space struct {
 
 // VolumeStatus is a volume that is open in the data process (or could not be).
 type VolumeStatus struct {
-	VolumeID  string  `json:"volumeID"`
-	Volume    string  `json:"volume"`
-	ReplicaID string  `json:"replicaID"`
-	DiskID    string  `json:"diskID"`
-	Frontend  string  `json:"frontend"`
-	Endpoint  string  `json:"endpoint,omitempty"` // nbd+unix:///VOLUME?socket=PATH
-	SizeBytes int64   `json:"sizeBytes"`
-	Epoch     uint64  `json:"epoch"`
-	Session   uint64  `json:"session"`
-	State     string  `json:"state"` // opening, open, failed, closing
-	Code      Code    `json:"code,omitempty"`
-	Error     string  `json:"error,omitempty"`
-	Layers    []Layer `json:"layers"`
-	Space     Space   `json:"space"`
-	Limits    Limits  `json:"limits,omitzero"`
-	Clients   int     `json:"clients"` // connections of the frontend
-	Stats     Stats   `json:"stats"`
+	VolumeID  string `json:"volumeID"`
+	Volume    string `json:"volume"`
+	ReplicaID string `json:"replicaID"`
+	DiskID    string `json:"diskID"`
+	Frontend  string `json:"frontend"`
+	Endpoint  string `json:"endpoint,omitempty"` // nbd+unix:///VOLUME?socket=PATH
+	// TCPEndpoint, while there is a Network, is where it is offered over TCP: nbd://HOST:PORT/VOLUME, or nbds with TLS.
+	TCPEndpoint string  `json:"tcpEndpoint,omitempty"`
+	SizeBytes   int64   `json:"sizeBytes"`
+	Epoch       uint64  `json:"epoch"`
+	Session     uint64  `json:"session"`
+	State       string  `json:"state"` // opening, open, failed, closing
+	Code        Code    `json:"code,omitempty"`
+	Error       string  `json:"error,omitempty"`
+	Layers      []Layer `json:"layers"`
+	Space       Space   `json:"space"`
+	Limits      Limits  `json:"limits,omitzero"`
+	Clients     int     `json:"clients"` // connections of the frontend
+	Stats       Stats   `json:"stats"`
 }
 
 // Stats counts what a frontend did since the volume was opened by this process.
@@ -331,9 +333,10 @@ type Problem struct {
 	What   string `json:"what"`
 }
 
-// Problems is what a check found; none is a clean bill.
+// Problems is what a check found; none is a clean bill, but for what it left out.
 type Problems struct {
 	Problems []Problem `json:"problems"`
+	LeftOut  []string  `json:"leftOut,omitempty"` // what was not looked at, and why
 }
 
 // MembershipRead asks for a volume's membership record.
