@@ -43,6 +43,9 @@ type Range struct {
 
 func (r Range) end() int64 { return r.Off + r.N }
 
+// FormatVersion is the highest version of a layer file that this program reads, and the one it writes; it reads those below as well.
+const FormatVersion = version
+
 // Superblock is the first 4096 bytes of a layer file, written once: section 2 of docs/formats/layer.md.
 type Superblock struct {
 	Version   uint32 `json:"version"`

@@ -16,10 +16,16 @@ type Placed struct {
 	Stack *Stack // if Layer is the head of a stack in use: that stack
 	// Parent is the index, among the layers given with this one, of the one below, which comes earlier; -1: it stands on the base, or on nothing.
 	Parent int
-	// Fate is what a purge would do with it, and Next, for Merged, the index of the layer above it that it would become one with, or that would hide what it has.
-	Fate Fate
+	Fate   Fate // what a purge would do with it
+	// Next is the index of the one layer that would stand on it once those that are Freed are gone; None or Several.
 	Next int
 }
+
+// What Next says where it names no layer.
+const (
+	None    = -1
+	Several = -2
+)
 
 // Fate is what a purge does with a layer.
 type Fate uint8
@@ -28,13 +34,13 @@ type Fate uint8
 const (
 	Kept   Fate = iota
 	Freed       // all of it goes
-	Merged      // what layers above it hide goes: Next, and if that is Merged too, its Next, and so on
+	Merged      // what layers above it hide goes: Next, which there is one, and if that is Merged too, its Next, and so on
 )
 
 // Use is what a layer takes and reads, in bytes of guest data.
 type Use struct {
 	DataBytes     int64 // what it holds
-	HiddenBytes   int64 // of that, what its only child hides; all if it has none, 0 if it has several
+	HiddenBytes   int64 // of that, what would go if it were Merged; all if Next is None, 0 if it is Several
 	InheritsBytes int64 // what reads through it find below it
 	FreedBytes    int64 // of DataBytes, what its Fate frees
 }
@@ -75,8 +81,8 @@ func over(w, below uint64) uint64 {
 // units would be hidden after a purge.
 type measure struct {
 	tree      []Placed
-	children  []int // how many
-	only      []int // the index of the only child
+	roots     []int
+	above     [][]int // of a pruned layer: its children
 	codes     []*pageWords
 	seen      []*pageWords // a layer without the page shares its parent's
 	seenData  []int64
@@ -90,12 +96,15 @@ type measure struct {
 
 func newMeasure(base *Layer, tree []Placed) *measure {
 	n := len(tree)
-	m := &measure{tree: tree, base: base, children: make([]int, n), only: make([]int, n), codes: make([]*pageWords, n), seen: make([]*pageWords, n),
-		seenData: make([]int64, n), hides: make([]*pageWords, n), uses: make([]Use, n)}
+	m := &measure{tree: tree, base: base, codes: make([]*pageWords, n), seen: make([]*pageWords, n),
+		seenData: make([]int64, n), hides: make([]*pageWords, n), uses: make([]Use, n), above: make([][]int, n)}
 	for i, p := range tree {
 		if p.Parent >= 0 {
-			m.children[p.Parent]++
-			m.only[p.Parent] = i
+			if tree[p.Parent].Layer.Meta().Pruned {
+				m.above[p.Parent] = append(m.above[p.Parent], i)
+			}
+		} else {
+			m.roots = append(m.roots, i)
 		}
 	}
 	return m
@@ -213,12 +222,6 @@ func (m *measure) see(i int, base *pageWords, own []*pageWords) []*pageWords {
 	m.seen[i], m.seenData[i] = seen, int64(all)
 	u.DataBytes += int64(data) * unitBytes
 	u.InheritsBytes += int64(all-data) * unitBytes
-	switch m.children[i] {
-	case 0:
-		u.HiddenBytes += int64(data) * unitBytes
-	case 1:
-		u.HiddenBytes += hiddenBytes(c, m.codes[m.only[i]])
-	}
 	return own
 }
 
@@ -234,51 +237,66 @@ func hiddenBytes(c, above *pageWords) int64 {
 	return int64(n) * unitBytes
 }
 
-// fate finds what the fate of layer i frees; the layers above it were looked at before.
+// fate finds what would be hidden of layer i, and what its fate frees; the layers above it were looked at before.
 func (m *measure) fate(i int, own []*pageWords) []*pageWords {
 	p, u := m.tree[i], &m.uses[i]
-	switch p.Fate {
-	case Freed:
-		if c := m.codes[i]; c != nil {
-			u.FreedBytes += hiddenBytes(c, c)
-		}
-	case Merged:
-		m.hides[i] = m.codes[p.Next]
-		if more := m.hides[p.Next]; m.tree[p.Next].Fate == Merged && more != nil {
-			if m.hides[i] == nil {
-				m.hides[i] = more
-			} else {
-				both := m.words()
-				own = append(own, both)
-				for k, w := range m.codes[p.Next] {
-					both[k] = w | more[k]
-				}
-				m.hides[i] = both
-			}
-		}
-		u.FreedBytes += hiddenBytes(m.codes[i], m.hides[i])
+	hidden := int64(0)
+	switch {
+	case p.Next == None:
+		hidden = hiddenBytes(m.codes[i], m.codes[i])
+	case p.Next >= 0:
+		m.hides[i], own = m.hiding(p.Next, own)
+		hidden = hiddenBytes(m.codes[i], m.hides[i])
+	}
+	u.HiddenBytes += hidden
+	if p.Fate != Kept {
+		u.FreedBytes += hidden
 	}
 	return own
 }
 
-// addBase counts the base's Data that a layer right above it does not hide from all.
+// hiding returns what hides a layer that would be merged with i, or pruned below it: the units of i, and what hides those if i is merged itself.
+func (m *measure) hiding(i int, own []*pageWords) (*pageWords, []*pageWords) {
+	more := m.hides[i]
+	if m.tree[i].Fate != Merged || more == nil {
+		return m.codes[i], own
+	}
+	if m.codes[i] == nil {
+		return more, own
+	}
+	both := m.words()
+	for k, w := range m.codes[i] {
+		both[k] = w | more[k]
+	}
+	return both, append(own, both)
+}
+
+// addBase counts the base's Data that anything still reads: what is not hidden from one of the lowest layers. One that was pruned is not read by itself, only through those above it.
 func (m *measure) addBase(base *pageWords) {
 	if base == nil {
 		return
 	}
 	for k, w := range base {
-		read := uint64(0)
-		for i, p := range m.tree {
-			switch {
-			case p.Parent >= 0:
-			case m.codes[i] == nil:
-				read = evenBits
-			default:
-				read |= ^presentBits(m.codes[i][k])
-			}
-		}
-		m.baseBytes += int64(bits.OnesCount64(dataBits(w)&read)) * unitBytes
+		m.baseBytes += int64(bits.OnesCount64(dataBits(w)&m.reading(-1, k))) * unitBytes
 	}
+}
+
+// reading returns which units, of those in word k, are Absent from layer i up to one that reads below it, by the lower bit of each code; for i < 0 over all the lowest layers.
+func (m *measure) reading(i, k int) uint64 {
+	absent, above := uint64(evenBits), m.roots
+	if i >= 0 {
+		if m.codes[i] != nil {
+			absent &^= presentBits(m.codes[i][k])
+		}
+		if above = m.above[i]; absent == 0 || above == nil {
+			return absent
+		}
+	}
+	through := uint64(0)
+	for _, up := range above {
+		through |= m.reading(up, k)
+	}
+	return absent & through
 }
 
 // Change is a range of whole units that layers have.

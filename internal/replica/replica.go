@@ -189,8 +189,8 @@ type Replica interface {
 	// c.Chain.Layers[0] with c.Chain.SizeBytes. The old chain or the new one survives a crash, never a mixture. After it the Device's
 	// Size is c.Chain.SizeBytes.
 	Change(ctx context.Context, w Writer, c Change) error
-	// Prepare does whatever of Change can be done while writes go on (creates the new head's file, flushes ahead); optional to call, idempotent.
-	Prepare(ctx context.Context, w Writer, c Change) error
+	// Prepare does whatever of Change can be done while writes go on (creates the new head's file, flushes ahead, merges); optional to call, idempotent. progress, of a merge, may be nil.
+	Prepare(ctx context.Context, w Writer, c Change, progress func(doneBytes, totalBytes int64)) error
 	// SetSnapshot rewrites what is said of a snapshot (removed, labels). ErrNoSnapshot if there is none of that layer.
 	SetSnapshot(ctx context.Context, w Writer, id LayerID, m SnapshotMeta) error
 	// Purge deletes removed snapshots that nothing stands on, and prunes from a removed snapshot whose only child is the head what the head

@@ -82,7 +82,7 @@ func checkChange(from replica.Chain, c replica.Change) error {
 	}
 	if c.Verb == replica.VerbMerge {
 		if c.Merge == nil || to.SizeBytes != from.SizeBytes || !slices.Equal(to.Layers, mergeLayers(from.Layers, *c.Merge)) {
-			return bad("not the two layers made one")
+			return bad("not the chain with those layers made one")
 		}
 		return nil
 	}
@@ -104,13 +104,14 @@ func checkChange(from replica.Chain, c replica.Change) error {
 	return nil
 }
 
-// mergeLayers is a chain's layers after a merge; the same if the two are not in it.
+// mergeLayers is a chain's layers after a merge; the same if those it makes one are not in it.
 func mergeLayers(layers []replica.LayerID, m replica.Merge) []replica.LayerID {
+	old := m.Layers()
 	at := slices.Index(layers, m.Upper)
-	if at < 0 || at+1 >= len(layers) || layers[at+1] != m.Lower {
+	if at < 0 || at+len(old) > len(layers) || !slices.Equal(layers[at:at+len(old)], old) {
 		return slices.Clone(layers)
 	}
-	return slices.Concat(layers[:at], []replica.LayerID{m.Into}, layers[at+2:])
+	return slices.Concat(layers[:at], []replica.LayerID{m.Into}, layers[at+len(old):])
 }
 
 // snapshotChange, expandChange, revertChange and mergeChange build the changes; BeginChange checks them.

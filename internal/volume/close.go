@@ -12,15 +12,31 @@ import (
 // served afterwards. With ErrUnreachable, or after a crash in between, the record still names this writer, which the next open takes as a writer that died.
 // Called again it does nothing.
 func (v *Volume) Close(ctx context.Context) error {
-	return v.stop(ctx, true)
+	return v.stop(ctx, leaveForGood)
 }
 
 // Suspend is Close without the detach: the record keeps its writer, so that this node, in the same boot, can Resume without the catalogue while its guests wait.
 func (v *Volume) Suspend(ctx context.Context) error {
-	return v.stop(ctx, false)
+	return v.stop(ctx, leaveFlushed)
 }
 
-func (v *Volume) stop(ctx context.Context, detach bool) error {
+// HandOver is Suspend without the flush, for a successor on this boot that Resumes at once: what was not flushed stays so, as when this process is killed, except that no
+// I/O is cut off in the middle.
+func (v *Volume) HandOver(ctx context.Context) error {
+	return v.stop(ctx, leaveToSuccessor)
+}
+
+// leaving is how a volume is given up.
+type leaving int
+
+const (
+	leaveForGood     leaving = iota // flushed and detached
+	leaveFlushed                    // to whoever resumes it some time
+	leaveToSuccessor                // to one that resumes it now
+)
+
+func (v *Volume) stop(ctx context.Context, how leaving) error {
+	detach := how == leaveForGood
 	v.mu.Lock()
 	if v.closed {
 		v.mu.Unlock()
@@ -40,7 +56,7 @@ func (v *Volume) stop(ctx context.Context, detach bool) error {
 	if detach && token == nil && v.down() == nil {
 		errs = append(errs, v.settleForGood(ctx))
 	}
-	drained := v.drain(ctx)
+	drained := v.drain(ctx, how)
 	errs = append(errs, drained)
 	if detach && token == nil && (drained == nil || v.down() != nil) {
 		errs = append(errs, v.detach(ctx))
@@ -70,8 +86,8 @@ func (v *Volume) settleForGood(ctx context.Context) error {
 	return err
 }
 
-// drain lets the I/O under way end, flushes, and answers ErrClosed to what comes later. A volume that has ended otherwise is left as it is.
-func (v *Volume) drain(ctx context.Context) error {
+// drain lets the I/O under way end, flushes unless a successor goes on, and answers ErrClosed to what comes later. A volume that has ended otherwise is left as it is.
+func (v *Volume) drain(ctx context.Context, how leaving) error {
 	if v.down() != nil {
 		return nil
 	}
@@ -79,9 +95,11 @@ func (v *Volume) drain(ctx context.Context) error {
 		return fmt.Errorf("wait for I/O under way: %w", err)
 	}
 	defer v.gate.Release()
-	for i, r := range v.copies {
-		if err := r.Flush(); err != nil {
-			return v.verbError(i, "flush", fmt.Errorf("%w: %w", block.ErrFailed, err))
+	if how != leaveToSuccessor {
+		for i, r := range v.copies {
+			if err := r.Flush(); err != nil {
+				return v.verbError(i, "flush", fmt.Errorf("%w: %w", block.ErrFailed, err))
+			}
 		}
 	}
 	v.end(StateClosed, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrClosed))

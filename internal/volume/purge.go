@@ -2,92 +2,176 @@ package volume
 
 import (
 	"context"
+	"slices"
 
 	"ashlar/internal/replica"
 )
 
 // Purge frees what no snapshot that is wanted needs. It marks every system snapshot removed, and then, until nothing changes: a removed snapshot that nothing
-// stands on is deleted; one whose only child is another snapshot becomes one layer with it; one whose only child is the present loses what the present hides,
-// and stays; one with several children stays. What any kept snapshot and the present read does not change. Stopped anywhere it is simply called again.
+// stands on is deleted; one whose only child is another snapshot becomes one layer with it, and with all its neighbours of which that is true, in one go; one whose only child is the present
+// loses what the present hides, and stays; one with several children stays. What any kept snapshot and the present read does not change. Snapshots that are open (OpenSnapshot), and
+// those they stand on, are passed by; Stats.Passed says how many of the removed ones. Stopped anywhere it is simply called again.
 //
-// progress, if not nil, is told how much of the space of removed snapshots has been dealt with; done never decreases.
+// progress, if not nil, is told how much of the work has been dealt with, in bytes of removed snapshots, always first 0 and last total; done never decreases, and total never changes.
 func (v *Volume) Purge(ctx context.Context, progress func(doneBytes, totalBytes int64)) error {
-	report := newReport(progress)
+	r := &report{tell: progress}
 	err := v.verb(ctx, "purge", func(ctx context.Context, layers []replica.LayerInfo) error {
-		for _, l := range layers {
+		for i, l := range layers {
 			if l.Snapshot == nil || l.Snapshot.UserCreated || l.Snapshot.Removed {
 				continue
 			}
 			if err := v.markRemoved(ctx, l); err != nil {
 				return err
 			}
+			meta := *l.Snapshot
+			meta.Removed = true
+			layers[i].Snapshot = &meta
 		}
-		return v.purgeCopies(ctx)
+		r.begin(layers)
+		return v.purgeCopies(ctx, r.part(r.total/4))
 	})
-	for more := true; more && err == nil; {
+	merged := false
+	for more := true; more && err == nil; merged = merged || more {
 		err = v.verb(ctx, "purge", func(ctx context.Context, layers []replica.LayerInfo) error {
-			report.see(layers)
-			m, ok := nextMerge(layers)
-			if more = ok; !ok {
-				return v.purgeCopies(ctx)
+			var m replica.Merge
+			if m, more = nextMerge(layers); !more {
+				return nil
 			}
 			m.Into = v.cfg.NewID()
-			return v.change(ctx, mergeChange(v.book.rec.Chain, m))
+			return v.changeTelling(ctx, mergeChange(v.book.rec.Chain, m), r.part(r.share(layers, m)))
 		})
 	}
-	if err == nil {
-		report.end()
+	if err == nil && merged { // what was merged may stand right below the present
+		err = v.verb(ctx, "purge", func(ctx context.Context, _ []replica.LayerInfo) error {
+			return v.purgeCopies(ctx, r.part(r.total-r.done))
+		})
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	r.reach(r.total)
+	return v.notePassed(ctx)
 }
 
-func (v *Volume) purgeCopies(ctx context.Context) error {
+func (v *Volume) purgeCopies(ctx context.Context, progress func(doneBytes, totalBytes int64)) error {
 	for i, r := range v.copies {
-		if err := r.Purge(ctx, v.writer, nil); err != nil {
+		if err := r.Purge(ctx, v.writer, progress); err != nil {
 			return v.verbError(i, "purge", err)
 		}
 	}
 	return nil
 }
 
-// nextMerge finds a removed snapshot whose only child is another snapshot.
-func nextMerge(layers []replica.LayerInfo) (replica.Merge, bool) {
+// notePassed counts what the purge left only because it is read.
+func (v *Volume) notePassed(ctx context.Context) error {
+	layers, err := v.Layers(ctx)
+	if err != nil {
+		return err
+	}
+	children, passed := childrenOf(layers), 0
+	for _, l := range layers {
+		if l.Pinned && l.Snapshot != nil && l.Snapshot.Removed && len(children[l.ID]) < 2 {
+			passed++
+		}
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.stats.Passed = passed
+	return nil
+}
+
+func childrenOf(layers []replica.LayerInfo) map[replica.LayerID][]replica.LayerInfo {
 	children := map[replica.LayerID][]replica.LayerInfo{}
 	for _, l := range layers {
 		children[l.Parent] = append(children[l.Parent], l)
 	}
-	for _, l := range layers {
-		if c := children[l.ID]; l.Snapshot != nil && l.Snapshot.Removed && len(c) == 1 && !c[0].Head {
-			return replica.Merge{Lower: l.ID, Upper: c[0].ID}, true
-		}
-	}
-	return replica.Merge{}, false
+	return children
 }
 
-// report turns what is left of removed snapshots into progress.
+// maxMerge bounds how many layers become one in one go: the record has to name them.
+const maxMerge = 256
+
+// nextMerge finds neighbours that become one: each but the uppermost is removed, nobody reads it, and its only child is the next, which is a snapshot.
+func nextMerge(layers []replica.LayerInfo) (replica.Merge, bool) {
+	children := childrenOf(layers)
+	// upOf returns what l becomes one with.
+	upOf := func(l replica.LayerInfo) (replica.LayerInfo, bool) {
+		c := children[l.ID]
+		if l.Snapshot == nil || !l.Snapshot.Removed || l.Pinned || len(c) != 1 || c[0].Head || c[0].Pinned {
+			return l, false
+		}
+		return c[0], true
+	}
+	at := slices.IndexFunc(layers, func(l replica.LayerInfo) bool {
+		_, ok := upOf(l)
+		below := slices.IndexFunc(layers, func(p replica.LayerInfo) bool { return p.ID == l.Parent })
+		if !ok || below < 0 {
+			return ok
+		}
+		_, more := upOf(layers[below]) // begin at the lowest
+		return !more
+	})
+	if at < 0 {
+		return replica.Merge{}, false
+	}
+	m := replica.Merge{Lower: layers[at].ID}
+	l, _ := upOf(layers[at])
+	for len(m.Between)+2 < maxMerge {
+		up, ok := upOf(l)
+		if !ok {
+			break
+		}
+		m.Between = append([]replica.LayerID{l.ID}, m.Between...)
+		l = up
+	}
+	m.Upper = l.ID
+	return m, true
+}
+
+// report turns a purge's steps into progress. A quarter is for what is deleted and pruned at first, half for merging, the rest for pruning what was merged.
 type report struct {
 	tell        func(doneBytes, totalBytes int64)
 	done, total int64
 }
 
-func newReport(tell func(doneBytes, totalBytes int64)) *report {
-	if tell == nil {
-		tell = func(int64, int64) {}
+// begin adds up the space of removed snapshots; again, because the step is, it keeps what was told.
+func (r *report) begin(layers []replica.LayerInfo) {
+	if r.total > 0 {
+		return
 	}
-	return &report{tell: tell}
-}
-
-// see is told the layers before each step.
-func (r *report) see(layers []replica.LayerInfo) {
-	var left int64
 	for _, l := range layers {
 		if l.Snapshot != nil && l.Snapshot.Removed {
-			left += l.AllocatedBytes
+			r.total += l.AllocatedBytes
 		}
 	}
-	r.total = max(r.total, left)
-	r.done = max(r.done, r.total-left)
-	r.tell(r.done, r.total)
+	r.reach(0)
 }
 
-func (r *report) end() { r.tell(r.total, r.total) }
+// share is the part of the total that a merge may use up.
+func (r *report) share(layers []replica.LayerInfo, m replica.Merge) int64 {
+	n := int64(0)
+	for _, l := range layers {
+		if l.ID != m.Upper && slices.Contains(m.Layers(), l.ID) {
+			n += l.AllocatedBytes
+		}
+	}
+	return min(n/2, max(0, r.total*3/4-r.done))
+}
+
+// reach tells, if that is not less than was told before.
+func (r *report) reach(done int64) {
+	r.done = max(r.done, min(done, r.total))
+	if r.tell != nil {
+		r.tell(r.done, r.total)
+	}
+}
+
+// part returns the progress of a step that takes n of the total.
+func (r *report) part(n int64) func(doneBytes, totalBytes int64) {
+	from := r.done
+	return func(done, total int64) {
+		if total > 0 {
+			r.reach(from + int64(float64(done)/float64(total)*float64(n)))
+		}
+	}
+}

@@ -32,9 +32,9 @@ type stuckPrepare struct {
 }
 
 // Prepare implements replica.Replica.
-func (s *stuckPrepare) Prepare(ctx context.Context, w replica.Writer, c replica.Change) error {
+func (s *stuckPrepare) Prepare(ctx context.Context, w replica.Writer, c replica.Change, progress func(done, total int64)) error {
 	if s.again.Swap(true) {
-		return s.Replica.Prepare(ctx, w, c)
+		return s.Replica.Prepare(ctx, w, c, progress)
 	}
 	close(s.entered)
 	<-ctx.Done()

@@ -90,8 +90,13 @@ func (v *Volume) settle(ctx context.Context) error {
 
 // change makes c, which follows from the book's chain, from its beginning.
 func (v *Volume) change(ctx context.Context, c replica.Change) error {
+	return v.changeTelling(ctx, c, nil)
+}
+
+// changeTelling is change for a merge, with progress.
+func (v *Volume) changeTelling(ctx context.Context, c replica.Change, progress func(doneBytes, totalBytes int64)) error {
 	if c.Verb == replica.VerbMerge { // whole and durable before any record names it
-		if err := v.prepare(ctx, c); err != nil {
+		if err := v.prepare(ctx, c, progress); err != nil {
 			return err
 		}
 	}
@@ -110,7 +115,7 @@ func (v *Volume) change(ctx context.Context, c replica.Change) error {
 
 // finish makes c, which is pending in the book: from there on it is carried out and committed, or given up.
 func (v *Volume) finish(ctx context.Context, c replica.Change) error {
-	changeErr := v.prepare(ctx, c)
+	changeErr := v.prepare(ctx, c, nil)
 	if changeErr == nil {
 		changeErr = v.carry(ctx, c)
 	}
@@ -144,9 +149,9 @@ func (v *Volume) commit(ctx context.Context) error {
 	return v.keep(ctx)
 }
 
-func (v *Volume) prepare(ctx context.Context, c replica.Change) error {
+func (v *Volume) prepare(ctx context.Context, c replica.Change, progress func(doneBytes, totalBytes int64)) error {
 	for i, r := range v.copies {
-		if err := r.Prepare(ctx, v.writer, c); err != nil {
+		if err := r.Prepare(ctx, v.writer, c, progress); err != nil {
 			return v.verbError(i, "prepare "+c.Verb, err)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -133,6 +134,7 @@ type Stats struct {
 	LastPause time.Duration // how long the last of them held guests' I/O
 	MaxPause  time.Duration
 	Resumed   bool // the epoch was resumed without the catalogue
+	Passed    int  // removed snapshots that the last purge passed by, because somebody was reading them or what stands on them
 }
 
 // Status is what a volume knows of itself.
@@ -152,7 +154,7 @@ func (v *Volume) Device() *block.Gate { return v.gate }
 // Ended is closed when the volume stops to serve I/O: it failed, was fenced, or was closed. Status says which.
 func (v *Volume) Ended() <-chan struct{} { return v.endedCh }
 
-// Status asks the first copy for its layers; an error is the copy's.
+// Status asks the first copy for its layers; an error is the copy's. It is cheap, but for the first time after opening, when it may read a map to count (LayerInfo.DataBytes).
 func (v *Volume) Status(ctx context.Context) (Status, error) {
 	v.mu.Lock()
 	st := Status{State: StateOpen, Writer: v.writer, Record: v.seen, Stats: v.stats}
@@ -165,11 +167,44 @@ func (v *Volume) Status(ctx context.Context) (Status, error) {
 		return st, nil
 	}
 	rs, err := v.copies[0].Status(ctx)
+	if err == nil && slices.ContainsFunc(rs.Layers, func(l replica.LayerInfo) bool { return l.DataBytes < 0 }) {
+		if err = v.copies[0].Count(ctx); err == nil { // once, soon after opening
+			rs, err = v.copies[0].Status(ctx)
+		}
+	}
 	if err != nil {
 		return st, fmt.Errorf("volume %s: status: %w", v.cfg.Name, err)
 	}
 	st.Layers = rs.Layers
 	return st, nil
+}
+
+// Space measures what the volume and each of its layers take, share, and would give back: maps are read, no data. It is for when somebody asks, not for every status.
+func (v *Volume) Space(ctx context.Context) (replica.Usage, error) {
+	if err := v.down(); err != nil {
+		return replica.Usage{}, fmt.Errorf("volume %s: space: %w", v.cfg.Name, err)
+	}
+	u, err := v.copies[0].Space(ctx)
+	if err != nil {
+		return u, fmt.Errorf("volume %s: space: %w", v.cfg.Name, err)
+	}
+	return u, nil
+}
+
+// Changed returns where the content of the layer to (empty: the present, as of now) may differ from that of from, which it stands on (empty: from the image, or from nothing): whole units,
+// ascending, merged, from off on, at most limit ranges. next is where to go on; to's size if that was all. Where from is the smaller one, it counts as followed by zeroes.
+// No data is read. A range that does not differ was written with the same bytes.
+//
+// A layer that a purge has merged away in the meantime is replica.ErrNoSnapshot, also half way through. replica.ErrNotBelow; replica.ErrPruned; block.ErrRange.
+func (v *Volume) Changed(ctx context.Context, from, to replica.LayerID, off int64, limit int) (list []replica.Range, next int64, err error) {
+	if err := v.down(); err != nil {
+		return nil, off, fmt.Errorf("volume %s: changed: %w", v.cfg.Name, err)
+	}
+	list, next, err = v.copies[0].Changed(ctx, replica.Diff{From: from, To: to, Off: off, Max: limit})
+	if err != nil {
+		return nil, off, fmt.Errorf("volume %s: changed: %w", v.cfg.Name, err)
+	}
+	return list, next, nil
 }
 
 // Layers returns the volume's tree as found on disk: every snapshot and the head.

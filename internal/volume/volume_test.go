@@ -174,8 +174,14 @@ func TestPurgeDialect(t *testing.T) {
 	if !ok || !l.Snapshot.Removed {
 		t.Fatalf("the snapshot below the head is %+v", l)
 	}
-	pruned := l.AllocatedBytes
+	h := g.status().Layers[0]
+	if l.DataBytes != 0 || h.DataBytes != 4*mib {
+		t.Errorf("the overwritten snapshot has %d bytes of data, the head %d; want 0 and 4 MiB", l.DataBytes, h.DataBytes)
+	}
 	g.must(g.v.Expand(g.ctx, g.id(), 16*mib), "expand")
+	if e, ok := g.layer("expand-16777216"); !ok || e.Snapshot.UserCreated || e.DataBytes != h.DataBytes || e.Parent != l.ID || g.status().Layers[0].Parent != e.ID {
+		t.Errorf("the system snapshot is %+v", e)
+	}
 	g.fill(3, 2*mib, 2*mib)
 	var last, total int64
 	g.must(g.v.Purge(g.ctx, func(done, of int64) {
@@ -191,8 +197,8 @@ func TestPurgeDialect(t *testing.T) {
 		t.Errorf("the system snapshot was not merged with the removed one: %v", got)
 	}
 	l, _ = g.layer("expand-16777216")
-	if before := pruned + 4*mib; l.AllocatedBytes > before-mib {
-		t.Errorf("the merged and pruned snapshot takes %d bytes, the two took %d and the head hides 2 MiB", l.AllocatedBytes, before)
+	if h := g.status().Layers[0]; l.DataBytes != 2*mib || h.DataBytes != 2*mib {
+		t.Errorf("the merged and pruned snapshot has %d bytes of data, the head %d, want 2 MiB each", l.DataBytes, h.DataBytes)
 	}
 	g.wantFill(g.v.Device(), 2, mib, mib)
 	g.wantFill(g.v.Device(), 3, 2*mib, 2*mib)
@@ -371,6 +377,27 @@ func must(t testing.TB, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestHandOver: a successor resumes at once what was written, without a flush and without the catalogue, and the one before it serves nothing any more.
+func TestHandOver(t *testing.T) {
+	g := newRig(t, mib, disk.MemOptions{})
+	g.open()
+	epoch := g.status().Writer.Epoch
+	for i := range uint64(3) {
+		g.fill(byte(i+1), 0, 5000)
+		calls, old := g.ledger.Calls(), g.v
+		g.must(g.v.HandOver(g.ctx), "hand over")
+		_, err := old.Device().WriteAt(make([]byte, 4096), 0)
+		g.want(err, block.ErrClosed, "a write after the hand-over")
+		g.must(g.r.Close(), "close")
+		g.open(resume)
+		if st := g.status(); st.Writer != (replica.Writer{Epoch: epoch, Session: 2 + i}) || !st.Stats.Resumed || g.ledger.Calls() != calls {
+			t.Errorf("resumed as %+v, %+v, with %d calls to the catalogue", st.Writer, st.Stats, g.ledger.Calls()-calls)
+		}
+		g.wantFill(g.v.Device(), byte(i+1), 0, 5000)
+	}
+	g.close()
 }
 
 // TestResume: the same boot takes its epoch up again without the catalogue; another boot, node or a newer epoch cannot.

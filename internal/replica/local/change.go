@@ -76,9 +76,9 @@ func (r *Replica) layer(id replica.LayerID) *layer.Layer {
 }
 
 // Prepare implements replica.Replica.
-func (c *Conn) Prepare(ctx context.Context, w replica.Writer, ch replica.Change) error {
+func (c *Conn) Prepare(ctx context.Context, w replica.Writer, ch replica.Change, progress func(doneBytes, totalBytes int64)) error {
 	return c.verb(ctx, w, "prepare "+ch.Verb, func(ctx context.Context) error {
-		if err := c.prepare(ctx, w, ch); err != nil {
+		if err := c.prepare(ctx, w, ch, progress); err != nil {
 			return err
 		}
 		if ch.Verb != replica.VerbSnapshot && ch.Verb != replica.VerbExpand || c.r.isDone(ch) {
@@ -89,7 +89,7 @@ func (c *Conn) Prepare(ctx context.Context, w replica.Writer, ch replica.Change)
 }
 
 // prepare records the intent and makes the new layer's file, durably.
-func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change) error {
+func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change, progress func(doneBytes, totalBytes int64)) error {
 	r := c.r
 	done, err := r.intend(c, w, ch)
 	if err != nil || done {
@@ -99,7 +99,7 @@ func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change)
 		return err
 	}
 	if r.prepared == nil {
-		l, err := r.make(ctx, ch)
+		l, err := r.make(ctx, ch, progress)
 		if err != nil {
 			return err
 		}
@@ -184,7 +184,7 @@ func (r *Replica) removeDropped() error {
 }
 
 // make makes the new layer of a change, or opens the one that an earlier attempt made; what that left half made is removed, since only the intent names it.
-func (r *Replica) make(ctx context.Context, ch replica.Change) (*layer.Layer, error) {
+func (r *Replica) make(ctx context.Context, ch replica.Change, progress func(doneBytes, totalBytes int64)) (*layer.Layer, error) {
 	name := r.file(newLayer(ch))
 	there, err := disk.Exists(r.fsys, name)
 	if err != nil {
@@ -199,7 +199,7 @@ func (r *Replica) make(ctx context.Context, ch replica.Change) (*layer.Layer, er
 		}
 	}
 	if ch.Verb == replica.VerbMerge {
-		return r.merge(ctx, name, *ch.Merge)
+		return r.merge(ctx, name, *ch.Merge, progress)
 	}
 	st := r.now()
 	parent := st.Head
@@ -243,7 +243,7 @@ func (r *Replica) meta(st state, id replica.LayerID) layer.Meta {
 }
 
 // merge builds the layer that takes the place of several.
-func (r *Replica) merge(ctx context.Context, name string, m replica.Merge) (*layer.Layer, error) {
+func (r *Replica) merge(ctx context.Context, name string, m replica.Merge, progress func(doneBytes, totalBytes int64)) (*layer.Layer, error) {
 	var list []*layer.Layer
 	for _, id := range m.Layers() {
 		list = append(list, r.layer(id))
@@ -252,7 +252,7 @@ func (r *Replica) merge(ctx context.Context, name string, m replica.Merge) (*lay
 	meta := r.meta(r.now(), m.Into)
 	meta.Parent, meta.Image = lower.Parent, lower.Image
 	meta.Snapshot = list[0].Meta().Snapshot
-	return layer.Merge(ctx, r.fsys, name, layer.MergeSpec{Layers: list, Meta: meta, Options: r.layerOptions()})
+	return layer.Merge(ctx, r.fsys, name, layer.MergeSpec{Layers: list, Meta: meta, Options: r.layerOptions(), Progress: progress})
 }
 
 // Change implements replica.Replica.
@@ -261,7 +261,7 @@ func (c *Conn) Change(ctx context.Context, w replica.Writer, ch replica.Change) 
 		if c.r.isDone(ch) {
 			return nil
 		}
-		if err := c.prepare(ctx, w, ch); err != nil {
+		if err := c.prepare(ctx, w, ch, nil); err != nil {
 			return err
 		}
 		var err error

@@ -248,7 +248,7 @@ func scripts() []script {
 	return []script{
 		{"snapshot", unflushed, func(l *lab) error {
 			c := snap(l)
-			return errors.Join(l.c.Prepare(l.ctx, l.w, c), l.c.Change(l.ctx, l.w, c))
+			return errors.Join(l.c.Prepare(l.ctx, l.w, c, nil), l.c.Change(l.ctx, l.w, c))
 		}, func(l *lab, done bool) {
 			// If the chain is new, the snapshot's flush came first.
 			wantUnflushed(l, l.c, isNew(l, done, 1))
@@ -274,7 +274,7 @@ func scripts() []script {
 		{"expand", unflushed, func(l *lab) error {
 			c := snap(l)
 			c.Verb, c.Chain.SizeBytes = replica.VerbExpand, 2*crashSize
-			return errors.Join(l.c.Prepare(l.ctx, l.w, c), l.c.Change(l.ctx, l.w, c))
+			return errors.Join(l.c.Prepare(l.ctx, l.w, c, nil), l.c.Change(l.ctx, l.w, c))
 		}, func(l *lab, done bool) {
 			want := int64(crashSize)
 			wantUnflushed(l, l.c, isNew(l, done, 1))
@@ -288,7 +288,7 @@ func scripts() []script {
 		}},
 		{"revert", three, func(l *lab) error {
 			c := replica.Change{Verb: replica.VerbRevert, Chain: replica.Chain{Generation: 5, SizeBytes: crashSize, Layers: []replica.LayerID{newID("r"), layerTwo, layerOne}}}
-			return errors.Join(l.c.Prepare(l.ctx, l.w, c), l.c.Change(l.ctx, l.w, c))
+			return errors.Join(l.c.Prepare(l.ctx, l.w, c, nil), l.c.Change(l.ctx, l.w, c))
 		}, func(l *lab, done bool) {
 			if !isNew(l, done, 4) {
 				wantThree(l, l.c)
@@ -304,7 +304,7 @@ func scripts() []script {
 		}},
 		{"merge", func(l *lab) { three(l); l.must(l.mark(layerOne), "mark") }, func(l *lab) error {
 			c := mergeOf(layerOne, layerTwo, layerHead, layerThree, newID("merged"))
-			return errors.Join(l.c.Prepare(l.ctx, l.w, c), l.c.Change(l.ctx, l.w, c))
+			return errors.Join(l.c.Prepare(l.ctx, l.w, c, nil), l.c.Change(l.ctx, l.w, c))
 		}, func(l *lab, done bool) {
 			wantThree(l, l.c)
 			two := layerTwo

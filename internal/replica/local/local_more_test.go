@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path"
 	"path/filepath"
@@ -541,4 +542,113 @@ func FuzzRecord(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestSpaceImage: what a volume shares with its image is what any of its layers still reads of it, to the unit.
+func TestSpaceImage(t *testing.T) {
+	m := disk.NewMem(disk.MemOptions{})
+	l := &lab{TB: t, ctx: t.Context(), fsys: m, boot: boot}
+	image := newID("image")
+	const file = "images/debian/image.layer"
+	makeImage(l, file, image, 5, 16)
+	c := createConfig()
+	c.Base = &local.Base{ID: image, Path: file, Name: "debian"}
+	c.SizeBytes = crashSize
+	dir, err := local.Create(m, c)
+	l.must(err, "create")
+	n := &lab{TB: t, ctx: t.Context(), fsys: m, boot: boot, dir: dir}
+	n.open(replica.Writer{Epoch: 1, Session: 1})
+	defer n.close()
+	want := func(when string, shared, reclaimable int64, layers map[replica.LayerID]replica.Space) {
+		t.Helper()
+		u, err := n.r.Space(t.Context())
+		l.must(err, "space")
+		if u.SharedBytes != shared*block.UnitBytes || u.ReclaimableBytes != reclaimable*block.UnitBytes || len(u.Layers) != len(n.status().Layers) {
+			t.Errorf("%s: space is %+v of %d layers, want %d units shared and %d reclaimable", when, u.Space, len(u.Layers), shared, reclaimable)
+		}
+		for id, s := range layers {
+			got := u.Layers[id]
+			s.ExclusiveBytes, s.SharedBytes, s.ReclaimableBytes = s.ExclusiveBytes*block.UnitBytes, s.SharedBytes*block.UnitBytes, s.ReclaimableBytes*block.UnitBytes
+			if got != s {
+				t.Errorf("%s: layer %s takes %+v, want %+v", when, id, got, s)
+			}
+		}
+	}
+	one := n.status().Chain.Layers[0]
+	want("empty", 16, 0, map[replica.LayerID]replica.Space{one: {SharedBytes: 16}})
+	n.fill(1, 4, 20)
+	want("written", 4, 0, map[replica.LayerID]replica.Space{one: {ExclusiveBytes: 20, SharedBytes: 4}})
+	n.snapshotNow("one")
+	two := n.status().Chain.Layers[0]
+	n.fill(2, 0, 8)
+	l.must(n.c.Zero(10*block.UnitBytes, 2*block.UnitBytes), "zero")
+	want("with a snapshot", 4, 0, map[replica.LayerID]replica.Space{one: {ExclusiveBytes: 6, SharedBytes: 4}, two: {ExclusiveBytes: 8, SharedBytes: 14}})
+	said := *n.status().Layers[1].Snapshot
+	said.Removed = true
+	l.must(n.c.SetSnapshot(t.Context(), n.w, one, said), "remove")
+	want("removed", 4, 6, map[replica.LayerID]replica.Space{one: {ExclusiveBytes: 6, SharedBytes: 4, ReclaimableBytes: 6}, two: {ExclusiveBytes: 8, SharedBytes: 14}})
+	l.must(n.c.Purge(t.Context(), n.w, nil), "purge")
+	want("purged", 0, 0, map[replica.LayerID]replica.Space{one: {}, two: {ExclusiveBytes: 8, SharedBytes: 14}})
+	list, next, err := n.r.Changed(t.Context(), replica.Diff{Max: 100})
+	l.must(err, "changed")
+	wanted := []replica.Range{{Off: 0, N: 10 * block.UnitBytes}, {Off: 10 * block.UnitBytes, N: 2 * block.UnitBytes, Zero: true}, {Off: 12 * block.UnitBytes, N: 12 * block.UnitBytes}}
+	if next != crashSize || !slices.Equal(list, wanted) {
+		t.Errorf("changes over the image are %+v up to %d, want %+v", list, next, wanted)
+	}
+}
+
+// TestSpaceOnDisk: on a real file system, what the files take is what the layers hold, and metadata.
+func TestSpaceOnDisk(t *testing.T) {
+	fsys, err := disk.OpenReal(t.TempDir(), disk.RealOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fsys.Close()
+	const size, unit = 64 << 20, block.UnitBytes
+	s := newStore(t, fsys, firstHead, size)
+	c, w, ctx := s.r.Connect(), replica.Writer{Epoch: 1, Session: 1}, t.Context()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(c.Fence(ctx, w))
+	rng := rand.New(rand.NewPCG(3, 5))
+	chain := replica.Chain{Generation: 1, SizeBytes: size, Layers: []replica.LayerID{firstHead}}
+	for i := range 6 {
+		for range 200 {
+			u, n := rng.Int64N(size/unit-32), 1+rng.Int64N(32)
+			if rng.IntN(4) == 0 {
+				must(c.Zero(u*unit, n*unit))
+			} else if _, err := c.WriteAt(bytes.Repeat([]byte{byte(i + 1)}, int(n*unit)), u*unit); err != nil {
+				t.Fatal(err)
+			}
+		}
+		chain.Generation++
+		chain.Layers = append([]replica.LayerID{newID(fmt.Sprint("head", i))}, chain.Layers...)
+		must(c.Change(ctx, w, replica.Change{Verb: replica.VerbSnapshot, Chain: chain, Snapshot: &replica.SnapshotMeta{Name: fmt.Sprint(i), Removed: i == 5, Created: time.Unix(1e9, 0)}}))
+		if i == 5 {
+			_, err := c.WriteAt(bytes.Repeat([]byte{9}, size/4), size/8)
+			must(err)
+			must(c.Purge(ctx, w, nil))
+		}
+		must(c.Flush())
+		u, err := s.r.Space(ctx)
+		must(err)
+		st, err := s.r.Status()
+		must(err)
+		held, metadata := int64(0), int64(1<<20+unit)
+		for _, l := range st.Layers {
+			held += l.DataBytes
+			// Superblock, header, a page of the map and 16 of checksums; the log until it is settled, in which freed space is not yet freed either.
+			metadata += unit + 64<<10 + 2*unit + 17*unit
+			if !l.Verified {
+				metadata += 8<<20 + size/16
+			}
+		}
+		if u.ExclusiveBytes < held || u.ExclusiveBytes > held+metadata {
+			t.Errorf("the files take %d bytes, the layers hold %d, and metadata takes at most %d", u.ExclusiveBytes, held, metadata)
+		}
+	}
 }

@@ -116,6 +116,9 @@ func (r *Replica) Space(ctx context.Context) (replica.Usage, error) {
 		var uses []layer.Use
 		uses, u.SharedBytes, err = layer.Measure(ctx, h.base, h.tree)
 		for i, use := range uses {
+			if h.tree[i].Layer.Meta().Pruned {
+				use.InheritsBytes = 0 // it cannot be read by itself
+			}
 			u.Layers[h.ids[i]] = replica.Space{ExclusiveBytes: use.HiddenBytes, SharedBytes: use.InheritsBytes, ReclaimableBytes: use.FreedBytes}
 			u.ReclaimableBytes += use.FreedBytes
 		}
@@ -148,20 +151,27 @@ func (r *Replica) files() (int64, error) {
 // decide says what a purge would do with each layer, as volume.Purge does it: system snapshots count as removed; leaves go, and what is a leaf then; what has one child becomes one
 // with it, or, below the head, loses what the head hides. r.mu is held.
 func (r *Replica) decide(h *held) {
-	children := make([][]int, len(h.tree))
+	for i := range h.tree {
+		h.tree[i].Next = layer.None
+	}
 	for i := len(h.tree) - 1; i >= 0; i-- {
 		p := &h.tree[i]
 		s := p.Layer.Meta().Snapshot
 		gone := h.ids[i] != r.st.Head && s != nil && (s.Removed || !s.UserCreated)
 		switch {
-		case gone && len(children[i]) == 0:
+		case gone && p.Next == layer.None:
 			p.Fate = layer.Freed
 			continue
-		case gone && len(children[i]) == 1:
-			p.Fate, p.Next = layer.Merged, children[i][0]
+		case gone && p.Next >= 0:
+			p.Fate = layer.Merged
 		}
-		if p.Parent >= 0 {
-			children[p.Parent] = append(children[p.Parent], i)
+		if p.Parent < 0 {
+			continue
+		}
+		if below := &h.tree[p.Parent]; below.Next == layer.None {
+			below.Next = i
+		} else {
+			below.Next = layer.Several
 		}
 	}
 }

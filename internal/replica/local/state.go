@@ -19,6 +19,9 @@ var ErrVersion = errors.New("unknown replica version")
 // formatVersion is the version of the record that this program writes.
 const formatVersion = 1
 
+// FormatVersion is the version of the record that this program reads and writes.
+const FormatVersion = formatVersion
+
 // state is the replica's record, docs/formats/replica.md section 2. It is a value: whoever changes it clones it first.
 type state struct {
 	Version    int             `json:"version"`

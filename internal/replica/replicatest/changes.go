@@ -39,7 +39,7 @@ func checkSnapshotTwice(g *rig) {
 	one := g.change(c)
 	g.fill(2, 0, 1)
 	for range 2 {
-		g.must(g.r.Prepare(g.ctx, g.w, c), "prepare what was done")
+		g.must(g.r.Prepare(g.ctx, g.w, c, nil), "prepare what was done")
 		g.must(g.r.Change(g.ctx, g.w, c), "the same change again")
 		g.wantChain()
 		g.wantFill(g.r, 2, 0, 1)
@@ -63,7 +63,7 @@ func checkUnprepared(g *rig) {
 func checkGivenUp(g *rig) {
 	g.fill(1, 0, 1)
 	for i := range 3 {
-		g.must(g.r.Prepare(g.ctx, g.w, g.snapshotChange("given up")), "prepare")
+		g.must(g.r.Prepare(g.ctx, g.w, g.snapshotChange("given up"), nil), "prepare")
 		g.fill(2, 0, 1)
 		g.wantChain()
 		if i == 1 {
@@ -71,7 +71,7 @@ func checkGivenUp(g *rig) {
 		}
 	}
 	one := g.snapshot("one")
-	g.must(g.r.Prepare(g.ctx, g.w, g.snapshotChange("given up")), "prepare")
+	g.must(g.r.Prepare(g.ctx, g.w, g.snapshotChange("given up"), nil), "prepare")
 	g.purge()
 	g.wantChain()
 	g.restart()
@@ -103,7 +103,7 @@ func checkChainMismatch(g *rig) {
 	} {
 		c := good
 		edit(&c)
-		g.want(g.r.Prepare(g.ctx, g.w, c), replica.ErrChain, "prepare with "+what)
+		g.want(g.r.Prepare(g.ctx, g.w, c, nil), replica.ErrChain, "prepare with "+what)
 		g.want(g.r.Change(g.ctx, g.w, c), replica.ErrChain, "change with "+what)
 		g.wantChain()
 	}
@@ -156,7 +156,7 @@ func checkRevert(g *rig) {
 	g.wantFill(g.r, 0, 4, 4)
 	g.fill(5, 0, 2)
 	for range 2 { // a revert that is repeated takes nothing back
-		g.must(g.r.Prepare(g.ctx, g.w, c), "prepare what was done")
+		g.must(g.r.Prepare(g.ctx, g.w, c, nil), "prepare what was done")
 		g.must(g.r.Change(g.ctx, g.w, c), "the same revert again")
 		g.wantChain()
 		g.wantFill(g.r, 5, 0, 2)

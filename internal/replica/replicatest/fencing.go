@@ -24,7 +24,7 @@ func (g *rig) wantFenced(r replica.Replica, w replica.Writer, when string) {
 	g.want(r.Confirm(g.ctx, w), block.ErrFenced, when+": confirm")
 	g.want(r.Keep(g.ctx, w, record(w, 1000, g.chain)), block.ErrFenced, when+": keep")
 	c := g.snapshotChange("by an old writer")
-	g.want(r.Prepare(g.ctx, w, c), block.ErrFenced, when+": prepare")
+	g.want(r.Prepare(g.ctx, w, c, nil), block.ErrFenced, when+": prepare")
 	g.want(r.Change(g.ctx, w, c), block.ErrFenced, when+": change")
 	g.want(r.SetSnapshot(g.ctx, w, head, *meta("x")), block.ErrFenced, when+": set snapshot")
 	g.want(r.Purge(g.ctx, w, nil), block.ErrFenced, when+": purge")
@@ -176,7 +176,7 @@ func checkOldWriter(g *rig) {
 	before := g.status()
 	for _, w := range []replica.Writer{{Epoch: 1, Session: 0}, {Epoch: 0, Session: 1}, {Epoch: 1, Session: 2}, {Epoch: 2, Session: 1}} {
 		c := g.snapshotChange("two")
-		g.want(g.r.Prepare(g.ctx, w, c), block.ErrFenced, "prepare")
+		g.want(g.r.Prepare(g.ctx, w, c, nil), block.ErrFenced, "prepare")
 		g.want(g.r.Change(g.ctx, w, c), block.ErrFenced, "change")
 		g.want(g.r.SetSnapshot(g.ctx, w, id, *meta("renamed")), block.ErrFenced, "set snapshot")
 		g.want(g.r.Purge(g.ctx, w, nil), block.ErrFenced, "purge")

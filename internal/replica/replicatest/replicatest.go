@@ -168,7 +168,7 @@ func (g *rig) snapshotChange(name string) replica.Change {
 func (g *rig) change(c replica.Change) replica.LayerID {
 	g.Helper()
 	was := g.chain.Layers[0]
-	g.must(g.r.Prepare(g.ctx, g.w, c), "prepare "+c.Verb)
+	g.must(g.r.Prepare(g.ctx, g.w, c, nil), "prepare "+c.Verb)
 	g.must(g.r.Change(g.ctx, g.w, c), c.Verb)
 	g.chain = c.Chain
 	return was
