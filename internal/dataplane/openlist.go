@@ -35,9 +35,9 @@ type openFile struct {
 	Disks   []client.Disk        `json:"disks"`
 	Volumes map[string]openEntry `json:"volumes"` // by volume id
 	Salvage map[string]string    `json:"salvage"` // detached after a flush failed: volume id -> why
+	Network client.Network       `json:"network,omitzero"`
 }
 
-	Network client.Network       `json:"network,omitzero"`
 // openList is open.json: what this process, killed and started again on the same boot, opens by itself. Each change is durable (file and name
 // flushed) when its method returns, and comes before what it announces. All methods may be called concurrently.
 type openList struct {
@@ -162,6 +162,11 @@ func (l *openList) useDisk(d client.Disk) error {
 	})
 }
 
+// setNetwork records what is offered over TCP.
+func (l *openList) setNetwork(a client.Network) error {
+	return l.change(func(f *openFile) { f.Network = a })
+}
+
 // put records a volume about to be opened, or what its open came to.
 func (l *openList) put(e openEntry) error {
 	return l.change(func(f *openFile) { f.Volumes[e.Open.VolumeID] = e })
@@ -228,8 +233,3 @@ func syncDir(path string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
-// setNetwork records what is offered over TCP.
-func (l *openList) setNetwork(a client.Network) error {
-	return l.change(func(f *openFile) { f.Network = a })
-}
-

@@ -138,6 +138,8 @@ type Process struct {
 	board     *board
 
 	background *limit.Rate // what the node does for itself, all of it together
+	network    network
+	sources    *sources
 
 	life   context.Context // of everything in the background
 	cancel context.CancelFunc
@@ -148,8 +150,6 @@ type Process struct {
 
 	mu       sync.Mutex // guards the rest
 	ending   bool       // nothing is opened any more
-	network    network
-	sources    *sources
 	diskByID map[string]*diskDir
 	slotByID map[string]*slot
 	jobByID  map[string]*importJob
@@ -176,6 +176,9 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
 		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
 	}}
+	if p.sources, err = newSources(cfg); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
 	if p.nbd, err = newFrontend(cfg, p.listeners); err != nil {
 		return nil, fmt.Errorf("data process: %w", err)
 	}
@@ -186,9 +189,6 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 // serve brings everything up, answers the control socket, and takes everything down.
 func (p *Process) serve(ctx context.Context) error {
 	was := p.list.snapshot()
-	if p.sources, err = newSources(cfg); err != nil {
-		return nil, fmt.Errorf("data process: %w", err)
-	}
 	if err := p.sweepListeners(ctx, was); err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
@@ -197,6 +197,7 @@ func (p *Process) serve(ctx context.Context) error {
 		return fmt.Errorf("data process: %w", err)
 	}
 	p.reopen(was)
+	p.restoreNetwork(ctx, was.Network)
 	p.log.Info("data process ready", "version", p.cfg.Version, "pid", os.Getpid(), "volumes", len(was.Volumes))
 	serving, stop := context.WithCancel(ctx)
 	defer stop()
@@ -211,7 +212,6 @@ func (p *Process) serve(ctx context.Context) error {
 		}
 	})
 	context.AfterFunc(serving, p.board.bump) // long polls are answered
-	p.restoreNetwork(ctx, was.Network)
 	err = client.Serve(serving, ln, client.Handler(p), stopTimeout)
 	stop()
 	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)

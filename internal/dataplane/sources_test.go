@@ -156,7 +156,9 @@ func TestSourceRefusals(t *testing.T) {
 		"no snapshot":        {func(a *client.OpenSource) { a.Snapshot = "" }, client.CodeInvalid},
 		"both":               {func(a *client.OpenSource) { a.DiskID, a.ImageID = b.diskID, id("imag", 1) }, client.CodeInvalid},
 		"no such image":      {func(s *client.OpenSource) { *s = client.OpenSource{ID: s.ID, DiskID: b.diskID, ImageID: id("imag", 1)} }, client.CodeNotFound},
-		"no such disk":       {func(s *client.OpenSource) { *s = client.OpenSource{ID: s.ID, DiskID: id("disk", 7), ImageID: id("imag", 1)} }, client.CodeNotFound},
+		"no such disk": {func(s *client.OpenSource) {
+			*s = client.OpenSource{ID: s.ID, DiskID: id("disk", 7), ImageID: id("imag", 1)}
+		}, client.CodeNotFound},
 	} {
 		ask := ok
 		tc.edit(&ask)

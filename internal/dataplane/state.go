@@ -57,6 +57,7 @@ func (p *Process) WaitState(ctx context.Context, afterRev uint64) (client.State,
 func (p *Process) State(ctx context.Context) (client.State, error) {
 	rev, _ := p.board.now()
 	st := client.State{Rev: rev, Hello: p.hello(), Disks: []client.DiskStatus{}, Volumes: []client.VolumeStatus{}, Jobs: p.jobs()}
+	st.Network, _ = p.network.look()
 	fronts := p.nbd.Stats()
 	for _, s := range p.slots() {
 		st.Volumes = append(st.Volumes, p.volumeStatus(ctx, s, fronts))
@@ -69,4 +70,3 @@ func (p *Process) State(ctx context.Context) (client.State, error) {
 
 // Hello implements client.Service.
 func (p *Process) Hello(context.Context) (client.Hello, error) { return p.hello(), nil }
-	st.Network, _ = p.network.look()

@@ -480,12 +480,12 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	s.mu.Unlock()
 	if stats, ok := fronts[a.Volume]; ok && a.Frontend != "" {
 		st.Endpoint, st.Clients, st.Stats = p.nbd.URI(a.Volume), stats.Conns, statsOf(stats)
+		st.TCPEndpoint = p.network.endpoint(a.Volume)
 	}
 	if dev != nil {
 		st.Stats.Throttled = dev.Rate().Waited()
 	}
 	if vol != nil && st.State != stateClosing {
-		st.TCPEndpoint = p.network.endpoint(a.Volume)
 		vs, statusErr := vol.Status(ctx)
 		if statusErr == nil {
 			st.SizeBytes, st.Layers = vs.SizeBytes, layersOf(vs)
