@@ -42,11 +42,30 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	case plan.OpenVolume:
 		_, r.err = s.OpenVolume(ctx, client.OpenVolume{
 			VolumeID: v.VolumeID, Volume: v.Volume, Node: a.cfg.Node, DiskID: v.DiskID, ReplicaID: v.ReplicaID, Frontend: v.Frontend, Salvage: v.Salvage,
+			Limits: client.Limits(v.Limits),
 		})
 	case plan.CloseVolume:
-		r.err = s.CloseVolume(ctx, client.CloseVolume{VolumeID: v.VolumeID})
+		r.err = closeVolume(ctx, s, v)
+	case plan.SetLimits:
+		a.setLimits(ctx, s, v, &r)
+	case plan.SetBackground:
+		r.err = s.SetBackground(ctx, client.Background{BytesPerSecond: v.BytesPerSecond})
 	case plan.Operate:
 		a.operate(ctx, s, v, &r)
+	case plan.StartExport:
+		a.startExport(ctx, s, v, &r)
+	case plan.EndExport:
+		if r.err = endReading(ctx, s, v.Reading); r.err == nil {
+			r.finished = &v.Result
+		}
+	case plan.EndReading:
+		if r.err = endReading(ctx, s, v.Reading); r.err == nil {
+			r.finished = &plan.Result{}
+		}
+	case plan.DropReading:
+		r.err = endReading(ctx, s, v.Reading)
+	case plan.ForgetJob:
+		r.err = s.CancelImport(ctx, client.CancelImport{ImageID: v.ID})
 	case plan.ImportImage:
 		a.importImage(ctx, s, v, &r)
 	case plan.CancelImport:
@@ -111,11 +130,18 @@ func (a *Agent) deleteImage(ctx context.Context, s client.Service, v plan.Delete
 
 // importImage records that an import is asked for, and asks for it.
 func (a *Agent) importImage(ctx context.Context, s client.Service, v plan.ImportImage, r *result) {
-	if r.err = a.record(ctx, v.Starting, r); r.err == nil {
-		_, r.err = s.ImportImage(ctx, client.ImportImage{
-			DiskID: v.DiskID, ImageID: v.ImageID, Name: v.Image, Source: v.Source, Checksum: v.Checksum,
-		})
+	if r.err = a.record(ctx, v.Starting, r); r.err != nil {
+		return
 	}
+	in := client.ImportImage{DiskID: v.DiskID, ImageID: v.ImageID, Name: v.Image, Source: v.Source, Checksum: v.Checksum}
+	if v.Reading != nil {
+		src, err := beginReading(ctx, s, *v.Reading)
+		if r.err = err; err != nil {
+			return
+		}
+		in.Source = src.URI
+	}
+	_, r.err = s.ImportImage(ctx, in)
 }
 
 // record carries a write out in the course of an action.

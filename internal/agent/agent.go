@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -108,11 +109,14 @@ func newID() string {
 
 // Agent is one node's loop. Run it once; its other methods may be called concurrently at any time.
 type Agent struct {
-	cfg      Config
-	service  atomic.Pointer[client.Service] // nil while the data process is away
-	stopping atomic.Bool                    // Shutdown began: nothing new is done
-	notes    chan catalog.EventRecord       // to be recorded, when there is time
-	wg       sync.WaitGroup                 // everything Run and Shutdown started
+	cfg       Config
+	service   atomic.Pointer[client.Service] // nil while the data process is away
+	stopping  atomic.Bool                    // Shutdown began: nothing new is done
+	notes     chan catalog.EventRecord       // to be recorded, when there is time
+	inbox     chan any                       // the loop's
+	downloads downloads
+	uploading uploading
+	wg        sync.WaitGroup // everything Run and Shutdown started
 }
 
 // New returns an Agent; ErrConfig.
@@ -120,7 +124,7 @@ func New(cfg Config) (*Agent, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return &Agent{cfg: cfg, notes: make(chan catalog.EventRecord, 256)}, nil
+	return &Agent{cfg: cfg, notes: make(chan catalog.EventRecord, 256), inbox: make(chan any, 256)}, nil
 }
 
 // Run works until ctx ends and everything it began has ended, and returns ctx's error; ErrFormat at once. That the catalogue or the data process are away is no
@@ -130,6 +134,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer a.wg.Wait()
 	defer cancel(nil)
 	if a.cfg.RunDir != "" {
+		if err := os.RemoveAll(a.streamDir()); err != nil { // sockets of a process that is gone
+			return err
+		}
 		ln, err := client.Listen(client.LedgerSocket(a.cfg.RunDir))
 		if err != nil {
 			return err

@@ -60,6 +60,9 @@ func patience(c client.Code) plan.Patience {
 	return plan.Transient
 }
 
+// jobExport is the kind of a client.Job that is an export.
+const jobExport = "export"
+
 // found is a data process's state as plan sees it.
 func found(st client.State) plan.Found {
 	f := plan.Found{Known: true, BootID: st.Hello.BootID, Version: st.Hello.Version, PID: st.Hello.PID, Started: st.Hello.Started.UTC()}
@@ -71,7 +74,8 @@ func found(st client.State) plan.Found {
 	}
 	for _, j := range st.Jobs {
 		f.Jobs = append(f.Jobs, plan.FoundJob{
-			ImageID: j.ID, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, Percent: j.Percent, Failure: patience(j.Code), Error: j.Error,
+			ID: j.ID, Export: j.Kind == jobExport, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, Percent: j.Percent, Failure: patience(j.Code),
+			Code: codeOfWire(j.Code), Error: j.Error,
 		})
 	}
 	return f
@@ -98,11 +102,12 @@ func foundVolume(v client.VolumeStatus) plan.FoundVolume {
 	f := plan.FoundVolume{
 		VolumeID: v.VolumeID, Volume: v.Volume, ReplicaID: v.ReplicaID, DiskID: v.DiskID, Frontend: v.Frontend, Endpoint: v.Endpoint,
 		SizeBytes: v.SizeBytes, Epoch: v.Epoch, State: v.State, Code: codeOfWire(v.Code), Error: v.Error,
+		Space: catalog.Space(v.Space), Limits: catalog.Limits(v.Limits),
 	}
 	for _, l := range v.Layers {
 		f.Layers = append(f.Layers, plan.FoundLayer{
 			ID: l.ID, Parent: l.Parent, Snapshot: l.Snapshot, Head: l.Head, UserCreated: l.UserCreated, Removed: l.Removed, Created: l.Created,
-			AllocatedBytes: l.AllocatedBytes, Labels: l.Labels,
+			DataBytes: l.DataBytes, Space: catalog.Space(l.Space), Labels: l.Labels,
 		})
 	}
 	return f

@@ -27,6 +27,9 @@ type host struct {
 	order  []string // operations, as they took effect
 	proc   *process
 	starts int
+	files  map[string]int // files that exports have made
+	cut    int            // streams to clients end after so many pieces; 0: they do not
+	refuse bool           // what is uploaded is refused
 	// fault may fail a verb before it does anything (early) or after it did.
 	fault func(ctx context.Context, verb string, early bool) error
 }
@@ -46,21 +49,23 @@ type fakeReplica struct {
 
 // process is one life of the data process. It is a client.Service with the idempotency the contract asks for.
 type process struct {
-	client.Service // verbs the fake does not have yet
-	h              *host
-	hello          client.Hello
-	dead           bool
-	rev            uint64
-	changed        chan struct{}
-	volumes        map[string]*client.VolumeStatus
-	jobs           map[string]*client.Job
-	timers         []*time.Timer
+	h          *host
+	hello      client.Hello
+	dead       bool
+	rev        uint64
+	changed    chan struct{}
+	volumes    map[string]*client.VolumeStatus
+	jobs       map[string]*client.Job
+	timers     []*time.Timer
+	sources    map[string]client.OpenSource
+	background int64
+	wg         sync.WaitGroup // streams
 }
 
 var _ client.Service = (*process)(nil)
 
 func newHost(truth *catalog.Mem) *host {
-	return &host{disks: map[string]*fakeDisk{}, open: map[string]client.OpenVolume{}, truth: truth, deeds: map[string]int{}}
+	return &host{disks: map[string]*fakeDisk{}, open: map[string]client.OpenVolume{}, truth: truth, deeds: map[string]int{}, files: map[string]int{}}
 }
 
 // ensure is Config.EnsureData.
@@ -78,7 +83,8 @@ func (h *host) start() {
 	h.starts++
 	p := &process{
 		h: h, rev: 1, changed: make(chan struct{}), volumes: map[string]*client.VolumeStatus{}, jobs: map[string]*client.Job{},
-		hello: client.Hello{Version: "1", APIMin: 1, APICurrent: 1, PID: 1000 + h.starts, BootID: "boot", Started: time.Now()},
+		sources: map[string]client.OpenSource{},
+		hello:   client.Hello{Version: "1", APIMin: 1, APICurrent: 1, PID: 1000 + h.starts, BootID: "boot", Started: time.Now()},
 	}
 	h.proc = p
 	for id, o := range h.open {
@@ -308,7 +314,7 @@ func (p *process) DeleteReplica(ctx context.Context, a client.DeleteReplica) err
 func (p *process) status(a client.OpenVolume, d *fakeDisk, r *fakeReplica, epoch uint64) *client.VolumeStatus {
 	st := &client.VolumeStatus{
 		VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: d.status.DiskID, Frontend: a.Frontend, State: "open",
-		SizeBytes: r.layers[len(r.layers)-1].SizeBytes, Epoch: epoch, Session: 1,
+		SizeBytes: r.layers[len(r.layers)-1].SizeBytes, Epoch: epoch, Session: 1, Limits: a.Limits,
 	}
 	if a.Frontend != "" {
 		st.Endpoint = "nbd+unix:///" + a.Volume + "?socket=/run/nbd/" + a.Volume + ".sock"
@@ -380,6 +386,7 @@ func (p *process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 		}
 		delete(p.volumes, a.VolumeID)
 		delete(p.h.open, a.VolumeID)
+		maps.DeleteFunc(p.sources, func(_ string, s client.OpenSource) bool { return s.VolumeID == a.VolumeID })
 		return nil
 	})
 }
@@ -412,7 +419,7 @@ func (p *process) effect(a client.Operate, v *client.VolumeStatus, r *fakeReplic
 		}
 		next := client.Layer{ID: a.OpID, Head: true, Parent: head.ID, SizeBytes: max(head.SizeBytes, a.SizeBytes), Created: time.Now()}
 		if head.Head = false; a.Verb == catalog.VerbSnapshot {
-			head.Snapshot, head.UserCreated = a.Snapshot, true
+			head.Snapshot, head.UserCreated, head.Labels = a.Snapshot, !a.System, a.Labels
 		} else {
 			head.Snapshot = "expand-" + a.OpID[:8]
 		}
@@ -432,6 +439,7 @@ func (p *process) effect(a client.Operate, v *client.VolumeStatus, r *fakeReplic
 		}
 		r.layers[at].Removed = true
 	case catalog.VerbPurge:
+		r.layers = slices.DeleteFunc(r.layers, func(l client.Layer) bool { return l.Removed && l.Labels[catalog.LabelReading] != "" })
 	default:
 		return client.ErrInvalid
 	}
@@ -455,9 +463,17 @@ func (p *process) ImportImage(ctx context.Context, a client.ImportImage) (job cl
 			job = *j
 			return nil
 		}
+		if err := p.readable(a.Source); err != nil {
+			return err
+		}
 		p.h.deeds["import "+a.ImageID]++
 		j := &client.Job{ID: a.ImageID, DiskID: a.DiskID, State: "running", TotalBytes: 100}
 		p.jobs[a.ImageID] = j
+		if path, ok := strings.CutPrefix(a.Source, "stream+unix://"); ok {
+			p.wg.Go(func() { p.receive(j, a, path) })
+			job = *j
+			return nil
+		}
 		after := 2 * time.Second
 		if strings.HasPrefix(a.Source, "http://slow") {
 			after = time.Hour
@@ -490,6 +506,8 @@ func (p *process) end(j *client.Job, a client.ImportImage) {
 		fail(client.CodeChecksum)
 	case kind == "evil":
 		fail(client.CodeFormat)
+	case p.readable(a.Source) != nil:
+		fail(client.CodeSource)
 	case kind == "flaky" && p.h.deeds["import "+a.ImageID] < 3:
 		fail(client.CodeSource)
 	default:

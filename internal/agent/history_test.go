@@ -7,6 +7,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -220,15 +221,31 @@ func (h *history) step() {
 		h.sources[name] = []string{"ok", "ok", "flaky", "bad", "evil"}[h.rng.IntN(5)]
 		h.createImage(name, h.sources[name])
 		h.images[name] = true
+	case n < 6 && haveVolume && len(h.images) < 4:
+		h.names++
+		name := fmt.Sprintf("i%d", h.names)
+		h.sources[name] = "volume " + v
+		h.createVolumeImage(name, v, "")
+		h.images[name] = true
 	case n < 8 && haveVolume:
 		h.attach(v, catalog.Ticket{DisableFrontend: h.rng.IntN(3) == 0})
 	case n < 10 && haveVolume:
 		h.detach(v)
 	case n < 15 && haveVolume:
-		verb := []string{catalog.VerbSnapshot, catalog.VerbSnapshot, catalog.VerbRevert, catalog.VerbExpand, catalog.VerbSnapshotRemove, catalog.VerbPurge, catalog.VerbCheck}[h.rng.IntN(7)]
+		verb := []string{
+			catalog.VerbSnapshot, catalog.VerbSnapshot, catalog.VerbRevert, catalog.VerbExpand, catalog.VerbSnapshotRemove, catalog.VerbPurge, catalog.VerbCheck,
+			catalog.VerbExport, catalog.VerbExport,
+		}[h.rng.IntN(9)]
 		op := catalog.Operation{Verb: verb, Snapshot: fmt.Sprintf("s%d", h.rng.IntN(6))}
 		if verb == catalog.VerbExpand {
 			op.SizeBytes = int64(16+h.rng.IntN(64)) << 20
+		}
+		if verb == catalog.VerbExport {
+			h.names++
+			op.Path, op.Format = fmt.Sprintf("/file%d", h.names), "raw"
+			if h.rng.IntN(2) == 0 {
+				op.Snapshot = ""
+			}
 		}
 		w, _ := get[catalog.VolumeWanted](h.world, catalog.VolumeKey(catalog.Wanted, v))
 		h.asked[w.ID] = append(h.asked[w.ID], h.operate(v, op))
@@ -264,6 +281,8 @@ func (h *history) check() {
 		want := catalog.ImageReady
 		if src := h.sources[name]; src == "bad" || src == "evil" {
 			want = catalog.ImageFailed
+		} else if v, ok := strings.CutPrefix(src, "volume "); ok && !h.canBeRead(v) && s.State != catalog.ImageUnknown {
+			continue // its volume was deleted, or cannot be made
 		}
 		h.want("image "+name+" from "+h.sources[name]+" should be "+want, s.State == want, s)
 	}
@@ -293,13 +312,20 @@ func (h *history) check() {
 	}
 }
 
+// canBeRead tells whether a volume is there, with its replica.
+func (h *history) canBeRead(name string) bool {
+	w, _ := get[catalog.VolumeWanted](h.world, catalog.VolumeKey(catalog.Wanted, name))
+	src := h.sources[w.Image]
+	return h.volumes[name] && src != "bad" && src != "evil" && !strings.HasPrefix(src, "volume ")
+}
+
 func (h *history) checkVolume(name string, d *fakeDisk) {
 	w, _ := get[catalog.VolumeWanted](h.world, catalog.VolumeKey(catalog.Wanted, name))
 	h.want("placed", len(w.Replicas) == 1, w)
 	r := d.replicas[w.Replicas[0].ReplicaID]
-	if src := h.sources[w.Image]; w.Image != "" && (src == "bad" || src == "evil") {
+	if src := h.sources[w.Image]; w.Image != "" && (src == "bad" || src == "evil" || strings.HasPrefix(src, "volume ") && h.imageState(w.Image).State != catalog.ImageReady) {
 		o := h.wantState(name, catalog.VolumeCreating, catalog.RobustnessUnknown)
-		h.want("why not", r == nil && o.Conditions[catalog.ConditionWaitForImage].Reason == catalog.ReasonGetBackingImageFailed, o)
+		h.want("why not", r == nil && o.Conditions[catalog.ConditionWaitForImage].Status == catalog.ConditionTrue, o)
 		return
 	}
 	var o catalog.VolumeObserved
@@ -316,6 +342,7 @@ func (h *history) checkVolume(name string, d *fakeDisk) {
 		h.want("snapshots shown", len(o.Snapshots) == len(r.layers), o.Snapshots, r.layers)
 	}
 	h.want("nothing to complain of", o.Error == "", o.Error)
+	h.wantNothingLeft(name)
 }
 
 // checkOperations: each took effect once at most, all ended, in the order they were asked for.
@@ -337,6 +364,9 @@ func (h *history) checkOperations() {
 		op := it.Value
 		h.want("operation ended", op.Finished != nil && (op.State == catalog.OperationDone) == (op.Code == ""), op)
 		switch op.Verb {
+		case catalog.VerbExport:
+			h.want("one file, or none and failed", h.host.files[op.Path] == 1 && op.Code == "" || h.host.files[op.Path] == 0 && op.Code != "" ||
+				op.Code == catalog.CodeExists && strings.Contains(op.Message, "may be whole"), op, h.host.files[op.Path])
 		case catalog.VerbSnapshot, catalog.VerbRevert, catalog.VerbExpand:
 			h.want("took effect once, or not and failed", h.host.deeds[op.ID] == 1 && op.Code == "" || h.host.deeds[op.ID] == 0 && op.Code != "", op, h.host.deeds[op.ID])
 		}

@@ -14,6 +14,7 @@ import (
 const (
 	failMin   = 250 * time.Millisecond
 	failMax   = 30 * time.Second
+	inUseMax  = 5 * time.Second
 	holdWrite = 200 * time.Millisecond
 )
 
@@ -39,10 +40,23 @@ type loop struct {
 	held    map[catalog.Key]time.Time // writes that failed wait until then, or until the record changes
 	calm    map[catalog.Key]time.Time // when a record was last written, for those that are throttled
 
-	batches chan catalog.Batch
-	states  chan stateOrAway
-	results chan result
-	writes  chan written
+	background *int64                 // what the data process was told that its own work may move; nil: nothing yet
+	readings   map[string]bool        // that somebody wants, as of the last plan
+	uploads    map[string]plan.Upload // by image id
+
+	// inbox takes catalog.Batch, stateOrAway, result, written, uploaded and poke.
+	inbox chan any
+}
+
+// poke asks for a plan: something that plans look at changed (Agent.downloads).
+type poke struct{}
+
+// uploaded is news of an upload: put is what was written of it, state a look after it. A nil upload says that nothing came of it.
+type uploaded struct {
+	imageID string
+	upload  *plan.Upload
+	put     []catalog.Entry
+	state   *client.State
 }
 
 // stateOrAway is a look at the data process, or that it does not answer.
@@ -55,16 +69,16 @@ func newLoop(a *Agent) *loop {
 	return &loop{
 		a: a, view: plan.NewView(), busy: map[string]bool{}, failures: map[string]plan.Failure{}, waits: map[string]time.Duration{},
 		finished: map[string]plan.Result{}, writing: map[catalog.Key]bool{}, held: map[catalog.Key]time.Time{}, calm: map[catalog.Key]time.Time{},
-		batches: make(chan catalog.Batch, 64), states: make(chan stateOrAway, 16), results: make(chan result, 64), writes: make(chan written, 64),
+		uploads: map[string]plan.Upload{}, inbox: a.inbox,
 	}
 }
 
 // run takes what happened, plans, and begins what follows, until ctx ends.
 func (l *loop) run(ctx context.Context) {
 	l.a.wg.Go(func() {
-		_ = catalog.Follow(ctx, l.a.cfg.Catalog, func(b catalog.Batch) error { return send(ctx, l.batches, b) })
+		_ = catalog.Follow(ctx, l.a.cfg.Catalog, func(b catalog.Batch) error { return send(ctx, l.inbox, b) })
 	})
-	l.a.wg.Go(func() { l.a.watchData(ctx, l.states) })
+	l.a.wg.Go(func() { l.a.watchData(ctx, l.inbox) })
 	timer := time.NewTimer(l.a.cfg.Resync)
 	defer timer.Stop()
 	nextLook := l.now().Add(l.a.cfg.Resync)
@@ -72,7 +86,7 @@ func (l *loop) run(ctx context.Context) {
 		if now := l.now(); !now.Before(nextLook) {
 			nextLook = now.Add(l.a.cfg.Resync)
 			l.forget(now)
-			l.a.wg.Go(func() { l.a.look(ctx, l.states) })
+			l.a.wg.Go(func() { l.a.look(ctx, l.inbox) })
 		}
 		wake := l.plan(ctx)
 		if wake.IsZero() || wake.After(nextLook) {
@@ -84,7 +98,7 @@ func (l *loop) run(ctx context.Context) {
 
 func (l *loop) now() time.Time { return l.a.cfg.Now() }
 
-func send[T any](ctx context.Context, c chan<- T, v T) error {
+func send(ctx context.Context, c chan<- any, v any) error {
 	select {
 	case c <- v:
 		return nil
@@ -99,28 +113,46 @@ func (l *loop) wait(ctx context.Context, timer *time.Timer) bool {
 	case <-ctx.Done():
 		return false
 	case <-timer.C:
-	case b := <-l.batches:
-		l.takeBatch(b)
-	case s := <-l.states:
-		l.takeState(s)
-	case r := <-l.results:
-		l.takeResult(r)
-	case w := <-l.writes:
-		l.takeWritten(w)
+	case news := <-l.inbox:
+		l.take(news)
 	}
 	for {
 		select {
-		case b := <-l.batches:
-			l.takeBatch(b)
-		case s := <-l.states:
-			l.takeState(s)
-		case r := <-l.results:
-			l.takeResult(r)
-		case w := <-l.writes:
-			l.takeWritten(w)
+		case news := <-l.inbox:
+			l.take(news)
 		default:
 			return ctx.Err() == nil
 		}
+	}
+}
+
+func (l *loop) take(news any) {
+	switch v := news.(type) {
+	case catalog.Batch:
+		l.takeBatch(v)
+	case stateOrAway:
+		l.takeState(v)
+	case result:
+		l.takeResult(v)
+	case written:
+		l.takeWritten(v)
+	case uploaded:
+		l.takeUploaded(v)
+	}
+}
+
+// takeUploaded takes what an upload wrote and saw together with how it goes, so that nothing is planned from the one without the other.
+func (l *loop) takeUploaded(u uploaded) {
+	if u.state != nil {
+		l.takeState(stateOrAway{state: *u.state})
+	}
+	for _, e := range u.put {
+		l.applyOwn(e)
+	}
+	if u.upload == nil {
+		delete(l.uploads, u.imageID)
+	} else {
+		l.uploads[u.imageID] = *u.upload
 	}
 }
 
@@ -156,7 +188,7 @@ func (l *loop) apply(ev catalog.Event) {
 func (l *loop) takeState(s stateOrAway) {
 	l.looked = true
 	if s.away {
-		l.found = plan.Found{}
+		l.found, l.background = plan.Found{}, nil
 		return
 	}
 	h := s.state.Hello
@@ -169,6 +201,9 @@ func (l *loop) takeState(s stateOrAway) {
 		l.a.note(catalog.EventRecord{
 			Time: l.now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: l.a.cfg.Node, Reason: "DataProcessRestarted", Message: "the data process was started again",
 		})
+	}
+	if !h.Started.Equal(l.hello.Started) || h.PID != l.hello.PID {
+		l.background = nil
 	}
 	l.hello, l.rev, l.found = h, s.state.Rev, found(s.state)
 }
@@ -183,9 +218,10 @@ func (l *loop) takeResult(r result) {
 		l.applyOwn(e)
 	}
 	if r.finished != nil {
-		if op, ok := r.action.(plan.Operate); ok {
-			l.finished[op.Operation.Value.ID] = *r.finished
-		}
+		l.finished[finishes(r.action)] = *r.finished
+	}
+	if b, ok := r.action.(plan.SetBackground); ok && r.err == nil {
+		l.background = &b.BytesPerSecond
 	}
 	id := plan.FailureID(r.action)
 	if r.err == nil {
@@ -196,8 +232,12 @@ func (l *loop) takeResult(r result) {
 	if l.failures[id].Rev != r.action.Because() {
 		delete(l.waits, id) // something else was wanted before
 	}
+	inUse := errors.Is(r.err, client.ErrInUse)
 	l.waits[id] = min(max(failMin, 2*l.waits[id]), failMax)
-	l.failures[id] = plan.Failure{Code: catalogCode(r.err), Message: r.err.Error(), Rev: r.action.Because(), Next: l.now().Add(l.waits[id])}
+	if inUse { // somebody unmounts it, and waits
+		l.waits[id] = min(l.waits[id], inUseMax)
+	}
+	l.failures[id] = plan.Failure{Code: catalogCode(r.err), Message: r.err.Error(), Rev: r.action.Because(), Next: l.now().Add(l.waits[id]), InUse: inUse}
 	l.a.cfg.Log.Warn("action failed", "action", id, "error", r.err)
 }
 
@@ -209,11 +249,26 @@ func (l *loop) forget(now time.Time) {
 			delete(l.waits, id)
 		}
 	}
+	for _, img := range l.view.Images {
+		id := img.Wanted.Value.ID
+		if u, ok := l.uploads[id]; ok && (u.Taken || u.Failed != "") && !underWay(img) {
+			delete(l.uploads, id)
+		}
+	}
 	for key, t := range l.calm {
 		if now.Sub(t) > failMax {
 			delete(l.calm, key)
 		}
 	}
+}
+
+func underWay(img plan.Image) bool {
+	for _, d := range img.Observed.Value.Disks {
+		if d.State == catalog.ImageStarting || d.State == catalog.ImageInProgress {
+			return true
+		}
+	}
+	return false
 }
 
 // plan asks plan and begins what it says.
@@ -224,7 +279,9 @@ func (l *loop) plan(ctx context.Context) (wake time.Time) {
 	l.forgetFinished()
 	p := plan.OnNode(plan.NodeInput{
 		Node: l.a.cfg.Node, Address: l.a.cfg.Address, Now: l.now(), View: l.view, Found: l.found, Busy: l.busy, Failures: l.failures, Finished: l.finished,
+		Background: l.background, Downloads: l.a.downloads.byVolume(), Uploads: l.uploads,
 	})
+	l.readings = p.Readings
 	for _, action := range p.Actions {
 		if !l.busy[action.Key()] {
 			l.begin(ctx, action)
@@ -239,6 +296,21 @@ func (l *loop) plan(ctx context.Context) (wake time.Time) {
 	return wake
 }
 
+// finishes is the id under which an action's result is kept until it is recorded.
+func finishes(action plan.Action) string {
+	switch v := action.(type) {
+	case plan.Operate:
+		return v.Operation.Value.ID
+	case plan.StartExport:
+		return v.Operation.Value.ID
+	case plan.EndExport:
+		return v.Operation.Value.ID
+	case plan.EndReading:
+		return v.Reading.ID
+	}
+	return ""
+}
+
 // forgetFinished drops what is recorded, or has no record any more.
 func (l *loop) forgetFinished() {
 	if len(l.finished) == 0 {
@@ -251,7 +323,7 @@ func (l *loop) forgetFinished() {
 		}
 	}
 	for id := range l.finished {
-		if !open[id] {
+		if !open[id] && !l.readings[id] {
 			delete(l.finished, id)
 		}
 	}
@@ -262,12 +334,12 @@ func (l *loop) begin(ctx context.Context, action plan.Action) {
 	l.busy[action.Key()] = true
 	l.a.wg.Go(func() {
 		r := l.a.do(ctx, action)
-		_ = send(ctx, l.results, r)
+		_ = send(ctx, l.inbox, r)
 	})
 }
 
 // watchData keeps the connection to the data process and sends every state, and when it is away.
-func (a *Agent) watchData(ctx context.Context, out chan<- stateOrAway) {
+func (a *Agent) watchData(ctx context.Context, out chan<- any) {
 	wait := retryMin
 	for ctx.Err() == nil {
 		s, err := a.cfg.EnsureData(ctx)
@@ -291,7 +363,7 @@ func (a *Agent) watchData(ctx context.Context, out chan<- stateOrAway) {
 	}
 }
 
-func pollStates(ctx context.Context, s client.Service, out chan<- stateOrAway) (answered bool, err error) {
+func pollStates(ctx context.Context, s client.Service, out chan<- any) (answered bool, err error) {
 	st, err := s.State(ctx)
 	for err == nil {
 		answered = true
@@ -304,7 +376,7 @@ func pollStates(ctx context.Context, s client.Service, out chan<- stateOrAway) (
 }
 
 // look asks for the state although nothing happened: sizes change by writes, which are no news.
-func (a *Agent) look(ctx context.Context, out chan<- stateOrAway) {
+func (a *Agent) look(ctx context.Context, out chan<- any) {
 	s, err := a.data()
 	if err != nil {
 		return

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"maps"
 	"reflect"
+	"slices"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -40,7 +41,7 @@ func (l *loop) put(ctx context.Context, w plan.Write) (later time.Time) {
 	l.calm[w.Key] = now
 	l.a.wg.Go(func() {
 		rev, err := l.a.cfg.Catalog.Put(ctx, w.Key, value, w.Was)
-		_ = send(ctx, l.writes, written{w, catalog.Entry{Key: w.Key, Value: value, Rev: rev}, err})
+		_ = send(ctx, l.inbox, written{w, catalog.Entry{Key: w.Key, Value: value, Rev: rev}, err})
 	})
 	return time.Time{}
 }
@@ -80,8 +81,31 @@ func (l *loop) throttled(w plan.Write, now time.Time) time.Time {
 		if reflect.DeepEqual(withoutSpace(v), withoutSpace(l.view.Nodes[w.Key.Name].Observed.Value)) {
 			return last.Add(spaceEvery)
 		}
+	case catalog.VolumeObserved:
+		// Whoever waits for the end of an operation waits for this record.
+		if len(l.finished) == 0 && reflect.DeepEqual(withoutSizes(v), withoutSizes(l.view.Volumes[w.Key.Name].Observed.Value)) {
+			return last.Add(spaceEvery)
+		}
+	case catalog.Operation:
+		if v.State == catalog.OperationRunning {
+			return last.Add(progressEvery)
+		}
 	}
 	return now
+}
+
+// withoutSizes leaves out what guests change by writing.
+func withoutSizes(o catalog.VolumeObserved) catalog.VolumeObserved {
+	o.Space = catalog.Space{}
+	o.Snapshots = slices.Clone(o.Snapshots)
+	for i := range o.Snapshots {
+		o.Snapshots[i].SizeBytes, o.Snapshots[i].Space = 0, catalog.Space{}
+	}
+	o.Replicas = slices.Clone(o.Replicas)
+	for i := range o.Replicas {
+		o.Replicas[i].AllocatedBytes = 0
+	}
+	return o
 }
 
 func withoutProgress(o catalog.ImageObserved) catalog.ImageObserved {

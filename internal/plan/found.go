@@ -1,6 +1,10 @@
 package plan
 
-import "time"
+import (
+	"time"
+
+	"ashlar/internal/catalog"
+)
 
 // Found is what a node's data process has, as far as plans care: the agent makes it from the data process's State. The zero Found is no answer.
 type Found struct {
@@ -53,6 +57,8 @@ type FoundVolume struct {
 	Code                                string // one of catalog's codes of operations
 	Error                               string
 	Layers                              []FoundLayer
+	Space                               catalog.Space
+	Limits                              catalog.Limits
 }
 
 // FoundLayer is one layer of an open volume.
@@ -60,7 +66,8 @@ type FoundLayer struct {
 	ID, Parent, Snapshot       string
 	Head, UserCreated, Removed bool
 	Created                    time.Time
-	AllocatedBytes             int64
+	DataBytes                  int64 // guest bytes that this layer alone holds
+	Space                      catalog.Space
 	Labels                     map[string]string
 }
 
@@ -71,13 +78,15 @@ const (
 	JobFailed  = "failed"
 )
 
-// FoundJob is an import.
+// FoundJob is an import, known by its image's id, or an export.
 type FoundJob struct {
-	ImageID, DiskID, State string
-	DoneBytes              int64
-	Percent                int
-	Failure                Patience
-	Error                  string
+	ID, DiskID, State string
+	Export            bool
+	DoneBytes         int64
+	Percent           int
+	Failure           Patience
+	Code              string // one of catalog's codes of operations
+	Error             string
 }
 
 // Patience says whether what failed is worth another try.
@@ -117,10 +126,16 @@ func (f *Found) diskAt(path string) (FoundDisk, bool) {
 type index struct {
 	volumes  map[string]*FoundVolume     // by volume id
 	replicas map[[2]string]*FoundReplica // by disk id and replica id
+	exports  map[string]*FoundJob        // by id
 }
 
 func newIndex(f *Found) index {
-	x := index{volumes: make(map[string]*FoundVolume, len(f.Volumes)), replicas: map[[2]string]*FoundReplica{}}
+	x := index{volumes: make(map[string]*FoundVolume, len(f.Volumes)), replicas: map[[2]string]*FoundReplica{}, exports: map[string]*FoundJob{}}
+	for i := range f.Jobs {
+		if f.Jobs[i].Export {
+			x.exports[f.Jobs[i].ID] = &f.Jobs[i]
+		}
+	}
 	for i := range f.Volumes {
 		x.volumes[f.Volumes[i].VolumeID] = &f.Volumes[i]
 	}
@@ -135,7 +150,7 @@ func newIndex(f *Found) index {
 // job finds an import; there is at most one of an image at a time.
 func (f *Found) job(imageID string) (FoundJob, bool) {
 	for _, j := range f.Jobs {
-		if j.ImageID == imageID {
+		if j.ID == imageID && !j.Export {
 			return j, true
 		}
 	}

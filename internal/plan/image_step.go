@@ -15,11 +15,18 @@ const (
 	limitedRetries = 3
 )
 
-// ImportImage asks for an import, after Starting was written.
+// ImportImage asks for an import, after Starting was written: from Source, or from what Reading reads.
 type ImportImage struct {
 	follows
 	Image, ImageID, DiskID, Source, Checksum string
 	Starting                                 Write
+	Reading                                  *Reading
+}
+
+// Upload is how the upload of an image's bytes goes, as far as this node's agent has seen since it started.
+type Upload struct {
+	Taken  bool   // all bytes were taken; what becomes of them the import says
+	Failed string // why it broke off; "" if it did not
 }
 
 // CancelImport gives an import of an image up that is being deleted.
@@ -72,6 +79,9 @@ type copyHere struct {
 
 	state catalog.ImageOnDisk // as recorded
 	busy  bool
+
+	reading *Reading // of an image made from a volume; nil if there is no such volume
+	single  bool     // its source gives one copy only, and there is one already, or one under way
 }
 
 // image plans the copies of one image on this node's disks.
@@ -90,6 +100,9 @@ func (p *planner) image(name string) {
 			continue
 		}
 		mine = true
+		if p.reads(c) {
+			p.read(*c.reading)
+		}
 		next := p.observeCopy(c, &o)
 		notes = append(notes, p.imageNotes(c, next)...)
 		if next.State == "" {
@@ -119,6 +132,17 @@ func (p *planner) copyOn(img Image, o catalog.ImageObserved, path, diskID string
 		c.jobbed, c.other = false, c.job.State == JobRunning
 	}
 	c.busy = p.in.Busy[ImageKey(c.w.ID, diskID)]
+	if c.w.SourceType == catalog.SourceVolume {
+		if v := p.in.View.Volumes[c.w.Parameters["volume-name"]].Wanted; v.Is() && v.Value.Deleted == nil {
+			r := imageReading(c.w, diskID, c.state.Attempts, v.Value.ID)
+			c.reading = &r
+		}
+	}
+	if c.w.SourceType == catalog.SourceVolume || c.w.SourceType == catalog.SourceUpload {
+		for id, d := range o.Disks {
+			c.single = c.single || id != diskID && (d.State == catalog.ImageReady || d.State == catalog.ImageStarting || d.State == catalog.ImageInProgress)
+		}
+	}
 	return c, diskID != "" && (c.wanted || c.state.State != "")
 }
 
@@ -130,11 +154,13 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 		return nil
 	case c.w.Deleted != nil && p.used[c.w.ID]:
 		return nil
-	case c.w.Deleted != nil && c.jobbed:
+	case c.w.Deleted != nil && c.jobbed, c.jobbed && c.job.State == JobRunning && c.w.SourceType == catalog.SourceUpload && c.state.State == catalog.ImageFailed:
 		return CancelImport{rev, c.w.Name, c.w.ID, c.diskID}
 	case c.w.Deleted != nil && c.there, !c.wanted && c.there && !p.usedOn(c.w.ID, c.diskID):
 		return DeleteImage{rev, c.w.Name, c.w.ID, c.diskID}
-	case c.w.Deleted != nil, !c.wanted, c.there, c.other, c.jobbed && c.job.State != JobFailed:
+	case p.endsReading(c):
+		return EndReading{rev, c.w.ID, c.diskID, *c.reading}
+	case c.w.Deleted != nil, !c.wanted, c.there, c.single, c.other, c.jobbed && c.job.State != JobFailed:
 		return nil
 	}
 	switch c.state.State { // as recorded: what failed is recorded before it is tried again, and nothing is begun before it is pending
@@ -154,11 +180,39 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 	default:
 		return nil
 	}
+	if c.reading != nil { // the volume is opened for it
+		if v := p.found.volumes[c.reading.VolumeID]; v == nil || v.State != FoundOpen {
+			return nil
+		}
+		return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, "", c.w.ExpectedChecksum, p.starting(c), c.reading}
+	}
 	source, ok := sourceOf(c.w)
 	if !ok {
 		return nil
 	}
-	return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, source, c.w.ExpectedChecksum, p.starting(c)}
+	return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, source, c.w.ExpectedChecksum, p.starting(c), nil}
+}
+
+// reads tells whether a copy is to be made, or is being made, from a volume that has to be open for it.
+func (p *planner) reads(c copyHere) bool {
+	if c.reading == nil || c.w.Deleted != nil || !c.wanted || !c.diskOK {
+		return false
+	}
+	switch c.state.State {
+	case catalog.ImageStarting, catalog.ImageInProgress:
+		return !p.known(c.reading.ID)
+	case catalog.ImagePending:
+		return c.busy || !c.there && !c.single
+	case catalog.ImageFailed:
+		return c.busy || !c.there && !c.single && !c.state.NextTry.IsZero() && !p.in.Now.Before(c.state.NextTry)
+	}
+	return c.busy
+}
+
+// endsReading tells whether a copy's import is over and what it read is still to be ended: that comes first, so that it is not forgotten.
+func (p *planner) endsReading(c copyHere) bool {
+	begun := c.state.State == catalog.ImageStarting || c.state.State == catalog.ImageInProgress
+	return begun && p.reads(c) && !c.busy && (c.there || c.jobbed && c.job.State == JobFailed)
 }
 
 // starting is the record that is written before an import is asked for, so that its failure is counted once.
@@ -208,12 +262,16 @@ func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.Imag
 		return c.state
 	case !c.diskOK:
 		return to(catalog.ImageUnknown)
+	case p.endsReading(c):
+		return c.state
 	case c.there:
 		return p.readyCopy(c, o, to)
 	case c.w.Deleted != nil && !c.jobbed:
 		return to(catalog.ImageGone)
 	case !c.wanted:
 		return catalog.ImageOnDisk{}
+	case c.w.SourceType == catalog.SourceUpload && (!c.jobbed || c.job.State != JobRunning || c.state.State == catalog.ImageFailed):
+		return p.uploadCopy(c, to)
 	case c.jobbed && c.job.State == JobRunning:
 		next := to(catalog.ImageStarting)
 		if c.job.DoneBytes > 0 {
@@ -231,14 +289,20 @@ func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.Imag
 
 // idleCopy is a copy that is not there, with nothing under way.
 func (p *planner) idleCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
-	if _, ok := sourceOf(c.w); !ok {
+	if _, ok := sourceOf(c.w); !ok && c.w.SourceType != catalog.SourceVolume {
 		if c.state.State == catalog.ImageFailed {
 			return c.state
 		}
 		return p.failedCopy(c, Final, fmt.Sprintf("source type %q is not known", c.w.SourceType))
 	}
 	if f, ok := p.failure(ImportImage{follows: follows{c.img.Wanted.Rev}, ImageID: c.w.ID, DiskID: c.diskID}); ok && f.Code != "" && c.state.State == catalog.ImageStarting {
+		if c.w.SourceType == catalog.SourceVolume { // there may be such a snapshot, or more room, later
+			return p.failedCopy(c, Transient, f.Message)
+		}
 		return p.failedCopy(c, Final, f.Message)
+	}
+	if c.w.SourceType == catalog.SourceVolume && (c.state.State == catalog.ImagePending || c.state.State == catalog.ImageStarting) {
+		return p.volumeCopy(c, to)
 	}
 	switch c.state.State {
 	case catalog.ImagePending, catalog.ImageStarting, catalog.ImageFailed:
@@ -252,6 +316,52 @@ func (p *planner) idleCopy(c copyHere, to func(string) catalog.ImageOnDisk) cata
 		return next
 	}
 	return to(catalog.ImagePending)
+}
+
+// volumeCopy is a copy that waits for the volume it is made from.
+func (p *planner) volumeCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
+	name := c.w.Parameters["volume-name"]
+	v := p.in.View.Volumes[name].Observed.Value
+	switch {
+	case c.reading == nil:
+		return p.failedCopy(c, Transient, "there is no volume "+name)
+	case v.ID == c.reading.VolumeID && v.Robustness == catalog.RobustnessFaulted:
+		return p.failedCopy(c, Transient, "volume "+name+" is faulted: "+v.Error)
+	}
+	next := to(c.state.State)
+	if c.state.State == catalog.ImagePending {
+		next.Message = "waiting for volume " + name + " to be open"
+	}
+	if c.single {
+		next.Message = onlyOne
+	}
+	return next
+}
+
+// onlyOne is said of a second copy of an image whose source cannot be asked again.
+const onlyOne = "its source gives one copy, and another disk has it"
+
+// uploadCopy is a copy whose bytes a client brings, once: nothing of it is tried again.
+func (p *planner) uploadCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
+	up, known := p.in.Uploads[c.w.ID]
+	begun := c.state.State == catalog.ImageStarting || c.state.State == catalog.ImageInProgress
+	switch {
+	case c.state.State == catalog.ImageFailed:
+		return c.state
+	case begun && up.Failed != "":
+		return p.failedCopy(c, Final, up.Failed)
+	case begun && c.jobbed && c.job.State == JobFailed && known:
+		return p.failedCopy(c, Final, c.job.Error)
+	case begun && known && !up.Taken, begun && c.jobbed && c.job.State == JobDone: // under way; or it is seen on the disk next
+		return c.state
+	case begun:
+		return p.failedCopy(c, Final, "the upload was interrupted")
+	}
+	next := to(catalog.ImagePending)
+	if next.Message = "waiting for the upload"; c.single {
+		next.Message = onlyOne
+	}
+	return next
 }
 
 func (p *planner) failedCopy(c copyHere, patience Patience, message string) catalog.ImageOnDisk {

@@ -19,8 +19,14 @@ type NodeInput struct {
 	Busy map[string]bool
 	// Failures holds what failed, by Failure ID.
 	Failures map[string]Failure
-	// Finished holds the operations that were carried out and are not recorded yet, by id.
+	// Finished holds the operations that were carried out, and the readings that were ended, and are not recorded yet, by id.
 	Finished map[string]Result
+	// Background is what the data process was told last that the node's own work may move, in bytes per second; nil: it was not told.
+	Background *int64
+	// Downloads holds the ids of the readings of volumes under way for clients, by volume id.
+	Downloads map[string][]string
+	// Uploads holds the uploads this agent has seen, by image id.
+	Uploads map[string]Upload
 }
 
 // Failure is how an action ended the last time.
@@ -29,6 +35,7 @@ type Failure struct {
 	Message string      // for people
 	Rev     catalog.Rev // of the wanted record the action followed from; when that changes it is tried at once
 	Next    time.Time   // not before
+	InUse   bool        // somebody else uses it; nothing was done
 }
 
 // NodePlan is what a node does now: actions, each in its own time, and records to write. If nothing changes until Wake, plan again then.
@@ -36,6 +43,8 @@ type NodePlan struct {
 	Actions []Action
 	Writes  []Write
 	Wake    time.Time
+	// Readings holds the ids of the readings that somebody wants: an entry in Finished is of use as long as it is here, or its operation has not ended.
+	Readings map[string]bool
 }
 
 // Action is one thing to be done on a node. Actions with the same Key are done one at a time.
@@ -81,21 +90,29 @@ type planner struct {
 	found index
 	// used are the ids of the images that volumes stand on.
 	used map[string]bool
+	// readings are those that somebody wants, by volume id.
+	readings map[string][]Reading
+	minFree  int64 // per cent
 }
 
 // OnNode says what the node does now.
 func OnNode(in NodeInput) NodePlan {
-	p := &planner{in: in, found: newIndex(&in.Found), used: map[string]bool{}}
+	p := &planner{in: in, found: newIndex(&in.Found), used: map[string]bool{}, readings: map[string][]Reading{}}
+	p.minFree = in.View.number(catalog.SettingMinimalFree, catalog.SettingMinimalFreeDefault)
+	p.out.Readings = map[string]bool{}
 	for _, v := range in.View.Volumes {
 		p.used[v.Wanted.Value.ImageID] = true
 	}
 	p.disks()
+	p.background()
+	p.findReadings()
 	for _, name := range sorted(in.View.Images) {
 		p.image(name)
 	}
 	for _, name := range sorted(in.View.Volumes) {
 		p.volume(name)
 	}
+	p.forgetJobs()
 	p.observeNode()
 	return p.out
 }
@@ -140,6 +157,26 @@ func (p *planner) disks() {
 	}
 }
 
+// SetBackground bounds the node's own work.
+type SetBackground struct {
+	follows
+	BytesPerSecond int64
+}
+
+// Key implements Action.
+func (SetBackground) Key() string { return "background" }
+
+// Verb implements Action.
+func (SetBackground) Verb() string { return "set-background" }
+
+// background says to every data process once, and whenever the setting changes, what the node's own work may move.
+func (p *planner) background() {
+	rate := p.in.View.number(catalog.SettingBackgroundRate, catalog.SettingBackgroundRateDefault) << 20
+	if p.in.Found.Known && (p.in.Background == nil || *p.in.Background != rate) {
+		p.begin(SetBackground{BytesPerSecond: rate})
+	}
+}
+
 // observeNode writes what the node is.
 func (p *planner) observeNode() {
 	node := p.in.View.Nodes[p.in.Node]
@@ -167,10 +204,12 @@ func (p *planner) observeNode() {
 	}
 	setCondition(o.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
 	pl := newPlacer(p.in.View)
-	for name, dw := range node.Wanted.Value.Disks {
-		o.Disks[name] = p.observeDisk(pl, node, dw, was.Disks[name])
+	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Was: node.Observed.Rev}
+	for _, name := range sorted(node.Wanted.Value.Disks) {
+		o.Disks[name] = p.observeDisk(pl, node, node.Wanted.Value.Disks[name], was.Disks[name])
+		w.Notes = append(w.Notes, p.diskNotes(name, was.Disks[name], o.Disks[name])...)
 	}
-	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Value: o, Was: node.Observed.Rev}
+	w.Value = o
 	for _, u := range o.Unrecorded {
 		if !slices.ContainsFunc(was.Unrecorded, func(x catalog.Unrecorded) bool { return x.Kind == u.Kind && x.ID == u.ID }) {
 			ev := note(p.in.Now, catalog.Warning, catalog.KindNode, p.in.Node, "Unrecorded")
@@ -221,7 +260,49 @@ func (p *planner) observeDisk(pl *placer, node Node, dw catalog.DiskWanted, was 
 		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotSchedulable", Message: reason}
 	}
 	setCondition(d.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
+	if ok && found.TotalBytes > 0 {
+		warn := p.in.View.number(catalog.SettingWarningFree, catalog.SettingWarningFreeDefault)
+		setCondition(d.Conditions, catalog.ConditionNearlyFull, nearlyFull(warn, d), p.in.Now)
+	}
 	return d
+}
+
+// nearlyFull warns before a disk takes nothing more. What was warned of stays until there is a little more room than that, so that it is not said again and again.
+func nearlyFull(warn int64, d catalog.DiskObserved) catalog.Condition {
+	limit := d.TotalBytes / 100 * warn
+	if d.Conditions[catalog.ConditionNearlyFull].Status == catalog.ConditionTrue {
+		limit += d.TotalBytes / 100
+	}
+	if warn == 0 || d.FreeBytes >= limit {
+		return catalog.Condition{Status: catalog.ConditionFalse}
+	}
+	return catalog.Condition{
+		Status: catalog.ConditionTrue, Reason: catalog.ReasonNearlyFull,
+		Message: fmt.Sprintf("%s of %s free, less than %d %%; delete volumes, snapshots (and purge) or images, or add a disk", size(d.FreeBytes), size(d.TotalBytes), warn),
+	}
+}
+
+// diskNotes tells people what changed. The messages hold no figures: the same event again is counted.
+func (p *planner) diskNotes(name string, was, d catalog.DiskObserved) []catalog.EventRecord {
+	var out []catalog.EventRecord
+	add := func(typ, reason, message string) {
+		ev := note(p.in.Now, typ, catalog.KindNode, p.in.Node, reason)
+		ev.Message = "disk " + name + message
+		out = append(out, ev)
+	}
+	changed := func(condition, from, to string) bool {
+		return was.Conditions[condition].Status == from && d.Conditions[condition].Status == to
+	}
+	if d.Conditions[catalog.ConditionNearlyFull].Status == catalog.ConditionTrue && was.Conditions[catalog.ConditionNearlyFull].Status != catalog.ConditionTrue {
+		add(catalog.Warning, catalog.ReasonNearlyFull, " is nearly full")
+	}
+	if was.DiskID != "" && changed(catalog.ConditionReady, catalog.ConditionTrue, catalog.ConditionFalse) {
+		add(catalog.Warning, catalog.ReasonDiskAway, " cannot be used: "+d.Conditions[catalog.ConditionReady].Message)
+	}
+	if was.DiskID != "" && changed(catalog.ConditionReady, catalog.ConditionFalse, catalog.ConditionTrue) {
+		add(catalog.Normal, catalog.ReasonDiskBack, " can be used again")
+	}
+	return out
 }
 
 // unrecorded lists what no record names.

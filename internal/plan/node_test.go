@@ -20,7 +20,7 @@ func newScene(t *testing.T) *scene {
 	s := &scene{picture: newPicture(t)}
 	s.put(catalog.ClusterKey(), catalog.Cluster{ID: "c"}).node("n1")
 	s.in = plan.NodeInput{
-		Node: "n1", Now: now, View: s.v, Busy: map[string]bool{}, Failures: map[string]plan.Failure{}, Finished: map[string]plan.Result{},
+		Node: "n1", Now: now, View: s.v, Busy: map[string]bool{}, Failures: map[string]plan.Failure{}, Finished: map[string]plan.Result{}, Background: new(int64),
 		Found: plan.Found{Known: true, Disks: []plan.FoundDisk{{DiskID: "n1-d", Path: "/n1", TotalBytes: 100 * gib, FreeBytes: 50 * gib}}},
 	}
 	return s
@@ -352,7 +352,7 @@ func TestImageOnNode(t *testing.T) {
 	later := due
 	later.NextTry = now.Add(time.Second)
 	job := func(state string, done int64, p plan.Patience) *plan.FoundJob {
-		return &plan.FoundJob{ImageID: "id-i", DiskID: "n1-d", State: state, DoneBytes: done, Percent: int(done), Failure: p, Error: "because"}
+		return &plan.FoundJob{ID: "id-i", DiskID: "n1-d", State: state, DoneBytes: done, Percent: int(done), Failure: p, Error: "because"}
 	}
 	for _, c := range []struct {
 		name   string

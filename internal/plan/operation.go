@@ -33,11 +33,18 @@ func oldOperations(in ClusterInput) []Write {
 	return out
 }
 
-// next is the operation of a volume that is to be done now: the one that runs, else the first that was put.
-func (v *View) next(volume, volumeID string) (Half[catalog.Operation], bool) {
+// isExport and isNoExport tell the two queues of a volume's operations apart: an export takes long and stands in nobody's way.
+func isExport(op catalog.Operation) bool   { return op.Verb == catalog.VerbExport }
+func isNoExport(op catalog.Operation) bool { return op.Verb != catalog.VerbExport }
+
+// next is the operation of a volume's queue that is to be done now: the one that runs, else the first that was put.
+func (v *View) next(volume, volumeID string, queue func(catalog.Operation) bool) (Half[catalog.Operation], bool) {
+	if len(v.Operations[volume]) == 0 {
+		return Half[catalog.Operation]{}, false
+	}
 	var todo []Half[catalog.Operation]
 	for _, op := range v.Operations[volume] {
-		if op.Value.VolumeID == volumeID && !ended(op.Value) {
+		if op.Value.VolumeID == volumeID && !ended(op.Value) && queue(op.Value) {
 			todo = append(todo, op)
 		}
 	}

@@ -139,12 +139,20 @@ func (p *placer) refuseDisk(n catalog.NodeWanted, dw catalog.DiskWanted, d catal
 			return fmt.Sprintf("has no tag %q", tag)
 		}
 	}
-	if limit := d.TotalBytes / 100 * p.minFree; d.FreeBytes <= limit || d.FreeBytes <= dw.StorageReservedBytes {
-		return fmt.Sprintf("only %s free; %s must stay free", size(d.FreeBytes), size(max(limit, dw.StorageReservedBytes)))
+	if reason := full(p.minFree, dw, d.TotalBytes, d.FreeBytes); reason != "" {
+		return reason
 	}
 	if p.over > 0 && w.sizeBytes > 0 && p.scheduled[d.DiskID]+w.sizeBytes > offered/100*p.over {
 		return fmt.Sprintf("%s asked for and %s promised already, of %s (%d %% of %s)",
 			size(w.sizeBytes), size(p.scheduled[d.DiskID]), size(offered/100*p.over), p.over, size(offered))
+	}
+	return ""
+}
+
+// full says why a disk takes nothing more; "" if it does.
+func full(minFree int64, dw catalog.DiskWanted, total, free int64) string {
+	if limit := total / 100 * minFree; free <= limit || free <= dw.StorageReservedBytes {
+		return fmt.Sprintf("only %s free; %s must stay free", size(free), size(max(limit, dw.StorageReservedBytes)))
 	}
 	return ""
 }

@@ -31,6 +31,7 @@ func (p *planner) observeVolume(h *here) bool {
 	o.Replicas = p.observeReplicas(h, o)
 	if h.open && len(h.found.Layers) > 0 {
 		o.Snapshots = snapshots(h.found.Layers)
+		o.Space = h.found.Space
 	}
 	p.volumeConditions(h, o.Conditions)
 	w := Write{Key: catalog.VolumeKey(catalog.Observed, o.Name), Value: o, Was: h.vol.Observed.Rev, Notes: p.volumeNotes(was, o)}
@@ -87,7 +88,7 @@ func (p *planner) robustness(h *here, state string) string {
 	switch {
 	case h.w.Deleted != nil:
 		return catalog.RobustnessUnknown
-	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "":
+	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "", h.open && !h.diskOK:
 		return catalog.RobustnessFaulted
 	case state != catalog.VolumeAttached:
 		return catalog.RobustnessUnknown
@@ -110,6 +111,9 @@ func (p *planner) robustness(h *here, state string) string {
 // volumeError says why the wanted state is not there yet, if that is worth a sentence.
 func (p *planner) volumeError(h *here) string {
 	if h.w.Deleted != nil {
+		if why := p.notClosed(h); why != "" {
+			return why
+		}
 		f, _ := p.failure(DeleteReplica{follows: follows{h.vol.Wanted.Rev}, VolumeID: h.w.ID})
 		if !h.diskOK {
 			return "its disk " + h.place.DiskID + " is not there: " + h.disk.Error
@@ -120,7 +124,7 @@ func (p *planner) volumeError(h *here) string {
 		return h.found.Error + advice(h.found.Code, h.w.Name)
 	}
 	if h.open && h.found.State == FoundOpen {
-		return ""
+		return p.openError(h)
 	}
 	if len(h.w.Tickets) > 0 && !h.ticketed() {
 		return "wanted on node " + h.w.Tickets[0].Node + ", but its copy is on node " + h.place.Node
@@ -133,7 +137,7 @@ func (p *planner) volumeError(h *here) string {
 	case h.lost():
 		return "replica " + h.place.ReplicaID + " is not on disk " + h.place.DiskID + " any more"
 	case !h.diskOK:
-		return strings.TrimSuffix("disk "+h.place.DiskID+" cannot be used: "+h.disk.Error, ": ")
+		return h.diskAway()
 	}
 	for _, a := range []Action{h.createAction(), h.openAction()} {
 		if f, ok := p.failure(a); ok && (h.ticketed() || !h.there) {
@@ -141,6 +145,38 @@ func (p *planner) volumeError(h *here) string {
 		}
 	}
 	return ""
+}
+
+func (h *here) diskAway() string {
+	return strings.TrimSuffix("disk "+h.place.DiskID+" cannot be used: "+h.disk.Error, ": ")
+}
+
+// openError says what is wrong with a volume that is open.
+func (p *planner) openError(h *here) string {
+	if !h.diskOK {
+		return h.diskAway()
+	}
+	if why := p.notClosed(h); why != "" {
+		return why
+	}
+	if f, ok := p.failure(h.limitsAction()); ok && h.found.Limits != h.w.Limits {
+		return "its limits are not in force: " + f.Message
+	}
+	return ""
+}
+
+// notClosed says why a volume that is to be closed is not.
+func (p *planner) notClosed(h *here) string {
+	f, ok := p.failure(h.closeAction())
+	switch {
+	case !ok || !h.open || !h.leaving():
+		return ""
+	case f.InUse && h.found.Endpoint != "":
+		return h.found.Endpoint + " is mounted or open; unmount it"
+	case f.InUse:
+		return "it is mounted or open; unmount it"
+	}
+	return f.Message
 }
 
 // advice says what a person can do about what needs one.
@@ -212,7 +248,7 @@ func snapshots(layers []FoundLayer) []catalog.SnapshotObserved {
 	for _, l := range layers {
 		s := catalog.SnapshotObserved{
 			Name: names[l.ID], LayerID: l.ID, Parent: names[l.Parent], Children: []string{}, Removed: l.Removed, UserCreated: l.UserCreated,
-			Created: l.Created.UTC(), SizeBytes: l.AllocatedBytes, Labels: l.Labels,
+			Created: l.Created.UTC(), SizeBytes: l.DataBytes, Space: l.Space, Labels: l.Labels,
 		}
 		for _, c := range layers {
 			if c.Parent == l.ID {

@@ -24,12 +24,21 @@ type OpenVolume struct {
 	follows
 	Volume, VolumeID, DiskID, ReplicaID, Frontend string
 	Salvage                                       bool
+	Limits                                        catalog.Limits
 }
 
-// CloseVolume closes an open volume.
+// CloseVolume closes an open volume. What Readings read ends with it, and is begun again when the volume is open again.
 type CloseVolume struct {
 	follows
 	Volume, VolumeID string
+	Readings         []Reading
+}
+
+// SetLimits changes the limits of an open volume.
+type SetLimits struct {
+	follows
+	Volume, VolumeID string
+	Limits           catalog.Limits
 }
 
 // Operate carries an operation out, after it was recorded as running.
@@ -63,6 +72,12 @@ func (a CloseVolume) Key() string { return VolumeKey(a.VolumeID) }
 // Verb implements Action.
 func (CloseVolume) Verb() string { return "close-volume" }
 
+// Key implements Action: a change of limits waits for nothing that takes long.
+func (a SetLimits) Key() string { return "limits/" + a.VolumeID }
+
+// Verb implements Action.
+func (SetLimits) Verb() string { return "set-limits" }
+
 // Key implements Action.
 func (a Operate) Key() string { return VolumeKey(a.Operation.Value.VolumeID) }
 
@@ -87,8 +102,14 @@ type here struct {
 	open  bool // the data process has the volume, in whatever state
 
 	member Half[catalog.Membership]
-	op     Half[catalog.Operation] // the one to be done now
+	op     Half[catalog.Operation] // the one to be done now, exports apart
 	todo   bool                    // there is one
+
+	export    Half[catalog.Operation] // the export to be done now
+	exporting bool                    // there is one
+	readings  []Reading               // that somebody wants, the export's included
+	drop      Reading                 // a temporary snapshot that nobody reads
+	dropping  bool                    // there is one
 }
 
 // volume plans one volume, if a replica of it belongs here.
@@ -108,10 +129,14 @@ func (p *planner) volume(name string) {
 	if f := p.found.volumes[w.ID]; f != nil {
 		h.found, h.open = *f, true
 	}
-	h.op, h.todo = p.in.View.next(name, w.ID)
+	h.op, h.todo = p.in.View.next(name, w.ID, isNoExport)
+	h.export, h.exporting = p.in.View.next(name, w.ID, isExport)
+	h.readings = p.readings[w.ID]
+	h.drop, h.dropping = p.leftover(h)
 
 	current := !p.observeVolume(h)
 	p.begin(p.volumeStep(h))
+	p.begin(h.limitsStep())
 	p.volumeRecords(h, current)
 }
 
@@ -130,9 +155,18 @@ func (h *here) frontend() string {
 	return ""
 }
 
-// offline tells whether an operation is waiting for which a detached volume is opened.
+// offline tells whether something is to be done for which a detached volume is opened.
 func (h *here) offline() bool {
-	return h.w.Deleted == nil && h.todo && h.op.Value.Verb == catalog.VerbExpand
+	return h.w.Deleted == nil && (h.todo && h.op.Value.Verb == catalog.VerbExpand || len(h.readings) > 0 || h.dropping)
+}
+
+// may tells whether the volume is in a state for its operation: those that need it attached do not ride on its being open for something else.
+func (h *here) may() bool {
+	switch h.op.Value.Verb {
+	case catalog.VerbExpand, catalog.VerbCheck:
+		return true
+	}
+	return h.ticketed() || h.op.Value.State == catalog.OperationRunning || len(h.readings) == 0 && !h.dropping
 }
 
 // lost tells whether the replica is not where it was, although something was written to it. It is never made again: an empty one would read as zeroes.
@@ -141,7 +175,7 @@ func (h *here) lost() bool {
 }
 
 func (h *here) openAction() OpenVolume {
-	a := OpenVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID, "", h.w.Salvage}
+	a := OpenVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID, "", h.w.Salvage, h.w.Limits}
 	if h.ticketed() {
 		a.Frontend = h.frontend()
 	}
@@ -149,7 +183,24 @@ func (h *here) openAction() OpenVolume {
 }
 
 func (h *here) closeAction() CloseVolume {
-	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID}
+	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.readings}
+}
+
+// limitsStep keeps the limits of an open volume as they are wanted.
+func (h *here) limitsStep() Action {
+	if !h.open || h.found.State != FoundOpen || h.w.Deleted != nil || h.stale() || h.found.Limits == h.w.Limits {
+		return nil
+	}
+	return h.limitsAction()
+}
+
+func (h *here) limitsAction() SetLimits {
+	return SetLimits{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.w.Limits}
+}
+
+// leaving tells whether the open volume is to be closed: it is wanted open no more, or with another frontend.
+func (h *here) leaving() bool {
+	return h.w.Deleted != nil || !h.ticketed() && !h.offline() || h.found.Frontend != h.openAction().Frontend
 }
 
 // volumeStep is the one next thing to do to a volume; nil: nothing, or wait.
@@ -161,7 +212,7 @@ func (p *planner) volumeStep(h *here) Action {
 		return nil
 	case h.w.Deleted != nil:
 		return deleteStep(h)
-	case h.todo && p.known(h.op.Value.ID):
+	case h.todo && p.known(h.op.Value.ID), h.exporting && p.known(h.export.Value.ID):
 		return nil // its end is recorded first
 	case h.open:
 		return p.openStep(h)
@@ -171,7 +222,7 @@ func (p *planner) volumeStep(h *here) Action {
 		return p.createStep(h)
 	case h.todo && h.op.Value.Verb == catalog.VerbCheck:
 		return h.operate()
-	case h.ticketed() || h.offline():
+	case h.ticketed(), h.offline() && (!h.todo || len(h.readings) > 0 || h.dropping || p.refusedOperation(h) == ""):
 		return h.openAction()
 	}
 	return nil
@@ -204,13 +255,18 @@ func (p *planner) openStep(h *here) Action {
 	wanted := h.ticketed() || h.offline()
 	switch h.found.State {
 	case FoundOpen:
-		switch {
-		case h.todo:
-			return h.operate()
-		case !wanted, h.found.Frontend != h.frontend():
-			return h.closeAction()
+		if end := p.exportEnd(h); end != nil {
+			return end
 		}
-		return nil
+		switch {
+		case h.todo && h.may() && p.refusedOperation(h) == "":
+			return h.operate()
+		case h.leaving():
+			return h.closeAction()
+		case h.dropping:
+			return DropReading{follows{h.vol.Wanted.Rev}, h.drop}
+		}
+		return p.exportStep(h)
 	case FoundFailed:
 		switch {
 		case h.todo && h.op.Value.Verb == catalog.VerbCheck:
@@ -265,25 +321,46 @@ func (p *planner) volumeRecords(h *here, current bool) {
 		w.Salvage = false // one decision, one opening
 		p.out.Writes = append(p.out.Writes, Write{Key: catalog.VolumeKey(catalog.Wanted, w.Name), Value: w, Was: h.vol.Wanted.Rev})
 	}
-	if !h.todo {
-		return
+	if h.todo {
+		p.operationRecord(h, h.op, current)
 	}
-	r, over := p.in.Finished[h.op.Value.ID]
+	if h.exporting {
+		p.operationRecord(h, h.export, current)
+	}
+}
+
+// operationRecord writes that an operation ended, or how far it is.
+func (p *planner) operationRecord(h *here, op Half[catalog.Operation], current bool) {
+	r, over := p.in.Finished[op.Value.ID]
 	if over && !current && r.Code == "" {
 		return // whoever waits for the end may look at once
 	}
 	if !over && !p.in.Busy[VolumeKey(h.w.ID)] {
-		r, over = p.hopeless(h)
+		r, over = p.hopeless(h, op.Value)
 	}
-	if over {
-		key := catalog.OperationKey(h.w.Name, h.op.Value.ID)
-		p.out.Writes = append(p.out.Writes, Write{Key: key, Value: finish(h.op.Value, r, p.in), Was: h.op.Rev})
+	w := Write{Key: catalog.OperationKey(h.w.Name, op.Value.ID), Was: op.Rev}
+	if percent := p.progress(h, op.Value); over {
+		w.Value = finish(op.Value, r, p.in)
+	} else if op.Value.State == catalog.OperationRunning && percent > op.Value.Progress {
+		op.Value.Progress = percent
+		w.Value = op.Value
+	} else {
+		return
 	}
+	p.out.Writes = append(p.out.Writes, w)
+}
+
+// progress is how far a running operation is, in per cent, as far as it is known; 100 is said when it has ended.
+func (p *planner) progress(h *here, op catalog.Operation) int {
+	if job := p.found.exports[op.ID]; op.Verb == catalog.VerbExport && job != nil {
+		return min(99, job.Percent)
+	}
+	return 0
 }
 
 // hopeless tells whether an operation cannot be carried out in the state the volume is in, and will not be by waiting.
-func (p *planner) hopeless(h *here) (Result, bool) {
-	verb := h.op.Value.Verb
+func (p *planner) hopeless(h *here, op catalog.Operation) (Result, bool) {
+	verb := op.Verb
 	if h.lost() {
 		return Result{Code: catalog.CodeFailed, Message: "the volume's copy is missing"}, true
 	}
@@ -293,14 +370,31 @@ func (p *planner) hopeless(h *here) (Result, bool) {
 	if verb == catalog.VerbCheck {
 		return Result{}, false
 	}
+	if why := p.refusedRoom(h, op); why != "" {
+		return Result{Code: catalog.CodeNoSpace, Message: why}, true
+	}
 	if h.open && h.found.State == FoundFailed && h.found.Code != "" {
 		return Result{Code: h.found.Code, Message: h.found.Error}, true
 	}
 	if f, ok := p.failure(h.openAction()); ok && f.Code != "" && !h.open {
 		return Result{Code: f.Code, Message: f.Message}, true
 	}
-	if !h.open && !h.ticketed() && !h.offline() {
+	if verb != catalog.VerbExport && (!h.open && !h.ticketed() && verb != catalog.VerbExpand || h.open && !h.may()) {
 		return Result{Code: catalog.CodeNotAttached, Message: "the volume is not attached"}, true
 	}
 	return Result{}, false
 }
+
+// refusedRoom says why an operation that makes a layer is not begun on a disk that is full; "" if it is. What was begun goes on.
+func (p *planner) refusedRoom(h *here, op catalog.Operation) string {
+	switch {
+	case op.Verb == catalog.VerbExport && p.found.exports[op.ID] == nil && h.open:
+		return p.exportRefused(h)
+	case op.State == catalog.OperationPending && (op.Verb == catalog.VerbSnapshot || op.Verb == catalog.VerbExpand):
+		return p.noRoom(h)
+	}
+	return ""
+}
+
+// refusedOperation is refusedRoom of the operation to be done now.
+func (p *planner) refusedOperation(h *here) string { return p.refusedRoom(h, h.op.Value) }
