@@ -26,6 +26,7 @@ type fixture struct {
 	h       *Handler
 	mem     *catalog.Mem
 	standIn *catalogtest.StandIn
+	schema  *document
 }
 
 // counter makes ids 1, 2, 3, so that recorded exchanges stay the same. It may be read concurrently.
@@ -48,6 +49,13 @@ func (e *extra) VolumeCounters(_ context.Context, each func(string, map[string]u
 	return nil
 }
 
+func (e *extra) Diff(_ context.Context, r DiffRange, each func(off, n int64, zero bool)) (int64, int64, error) {
+	for off := r.Off; off < 3<<20; off += 8192 {
+		each(off, 4096, off%16384 == 0)
+	}
+	return 1 << 30, 1 << 30, nil
+}
+
 func (e *extra) Shutdown(context.Context) error {
 	e.shutdowns.Add(1)
 	return nil
@@ -59,6 +67,10 @@ func inBubble(t *testing.T, f func(*fixture)) {
 		mem := catalog.NewMem()
 		x := &fixture{t: t, mem: mem, standIn: &catalogtest.StandIn{Catalog: mem, Node: "n1", RunDir: "/run/ashlar", Delay: time.Millisecond, VirtualBytes: map[string]int64{"huge": 16 << 40}}}
 		x.h = New(Config{Catalog: mem, Extra: &extra{}, Node: "n1", Version: "v0.1.0", Random: &counter{}})
+		var err error
+		if x.schema, err = theDocument(); err != nil {
+			t.Fatal(err)
+		}
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -109,6 +121,9 @@ func (x *fixture) sendFrom(local net.Addr, method, path, body string) answer {
 	a := answer{status: w.Code, header: w.Header(), raw: w.Body.Bytes()}
 	if problems := checkAnswer(w.Code, w.Header(), a.raw); len(problems) > 0 {
 		x.t.Errorf("%s %s: clients cannot read the answer: %s\n%s", method, path, strings.Join(problems, "; "), a.raw)
+	}
+	for _, problem := range x.schema.check(method, path, w.Code, a.raw) {
+		x.t.Errorf("%s %s: not as the OpenAPI document says: %s\n%s", method, path, problem, a.raw)
 	}
 	if len(a.raw) > 0 {
 		// checkAnswer has said what is wrong if this fails.

@@ -311,6 +311,12 @@ func schemaName(t reflect.Type) string {
 	return title(name)
 }
 
+// base is a type's name as its source has it.
+func base(t reflect.Type) string {
+	name, _, _ := strings.Cut(t.Name(), "[")
+	return name
+}
+
 func title(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
 // structure makes the schema of a struct. What is answered is answered always, unless it is left out when it is empty; what is asked is optional.
@@ -327,7 +333,7 @@ func (b *describer) structure(t reflect.Type) object {
 		if len(f.Index) > 1 {
 			owner = t.FieldByIndex(f.Index[:len(f.Index)-1]).Type
 		}
-		if doc := b.docs[owner.Name()][f.Name]; doc != "" {
+		if doc := b.docs[base(owner)][f.Name]; doc != "" {
 			schema = maps.Clone(schema)
 			schema["description"] = doc
 		}
@@ -340,7 +346,7 @@ func (b *describer) structure(t reflect.Type) object {
 	if len(required) > 0 {
 		out["required"] = required
 	}
-	if doc := b.docs[t.Name()][""]; doc != "" {
+	if doc := b.docs[base(t)][""]; doc != "" {
 		out["description"] = doc
 	}
 	return out

@@ -613,3 +613,59 @@ func TestCheckListen(t *testing.T) {
 		}
 	}
 }
+
+// TestDefaultFrontend gives a volume whose creator names no frontend what the node says it can have.
+func TestDefaultFrontend(t *testing.T) {
+	for given, want := range map[string]string{"": "nbd", "nbd": "nbd", "blockdev": "blockdev"} {
+		mem := catalog.NewMem()
+		h := New(Config{Catalog: mem, Node: "n1", Version: "v1", Frontend: given})
+		doc, err := theDocument()
+		if err != nil {
+			t.Fatal(err)
+		}
+		x := &fixture{t: t, h: h, mem: mem, schema: doc}
+		for body, want := range map[string]string{`{"name":"a","size":"1Gi","frontend":""}`: want, `{"name":"b","size":"1Gi","frontend":"nbd"}`: "nbd", `{"name":"c","size":"1Gi","frontend":"blockdev"}`: "blockdev"} {
+			if a := x.send("POST", "/v1/volumes", body); a.str("frontend") != want {
+				t.Errorf("default %q: %s became %q: %s", given, body, a.str("frontend"), a.raw)
+			}
+		}
+		mem.Close()
+	}
+}
+
+// manyRanges answers every diff with more ranges than fit in one answer.
+type manyRanges struct{ Extra }
+
+func (manyRanges) Diff(_ context.Context, r DiffRange, each func(off, n int64, zero bool)) (int64, int64, error) {
+	const end = 2 * 8192 * (maxDiffRanges + 10)
+	for off := (r.Off + 8191) / 8192 * 8192; off < end; off += 8192 {
+		each(off, 4096, false)
+	}
+	return 1 << 30, 1 << 30, nil
+}
+
+// TestDiffGoesOn asks for a difference of more ranges than one answer has: together the answers have all of them, once.
+func TestDiffGoesOn(t *testing.T) {
+	inBubble(t, func(x *fixture) {
+		x.h.cfg.Extra = manyRanges{}
+		x.attached("db1")
+		next, seen := int64(0), 0
+		for next < 1<<30 {
+			a := x.want(200, "POST", "/v1/volumes/db1?action=snapshotDiff", fmt.Sprintf(`{"off":%d}`, next))
+			var d SnapshotDiff
+			if err := json.Unmarshal(a.raw, &d); err != nil || len(d.Ranges) > maxDiffRanges || d.NextOff <= next {
+				t.Fatalf("%d ranges, next %d after %d: %v", len(d.Ranges), d.NextOff, next, err)
+			}
+			for _, r := range d.Ranges {
+				if r.Off != int64(seen)*8192 {
+					t.Fatalf("range %d begins at %d", seen, r.Off)
+				}
+				seen++
+			}
+			next = d.NextOff
+		}
+		if seen != 2*(maxDiffRanges+10) {
+			t.Errorf("%d ranges", seen)
+		}
+	})
+}
