@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -201,6 +202,19 @@ func (c *Conn) Status(ctx context.Context) (Status, error) {
 		return st, fmt.Errorf("holder's status: %w", err)
 	}
 	return st, nil
+}
+
+// Start has the holder start the newest installed data process beside the one that runs, to take over from it, and returns its pid. ErrStart if it cannot be
+// started; ErrRefused if the holder is older than this request (StartSuccessor does it without one).
+func (c *Conn) Start(ctx context.Context) (pid int, err error) {
+	text, err := c.askText(ctx, verbStart, -1)
+	if err == nil {
+		pid, err = strconv.Atoi(text)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("start a successor: %w", err)
+	}
+	return pid, nil
 }
 
 // Stop ends the holder: what it keeps is closed, and the data process, if it dies, stays dead.

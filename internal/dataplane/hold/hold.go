@@ -36,6 +36,9 @@ type Config struct {
 // DetachFlag, after HoldArgs, asks `ashlar hold` to call Detach instead of Run.
 const DetachFlag = "--detach"
 
+// TakeOverFlag, after DataArgs, asks `ashlar data` to take over from the one that runs, if one does.
+const TakeOverFlag = "--take-over"
+
 // The ways this package fails; everything else is an error of the operating system, wrapped.
 var (
 	// ErrNotHeld: the holder has no descriptor of that name.
@@ -46,6 +49,8 @@ var (
 	ErrVersion = errors.New("version out of window")
 	// ErrRefused: the holder did not understand or allow the request.
 	ErrRefused = errors.New("refused by the holder")
+	// ErrStart: the holder could not start the data process.
+	ErrStart = errors.New("the data process cannot be started")
 	// ErrClosed: the connection, or the Keeper, is closed.
 	ErrClosed = errors.New("holder's connection closed")
 )

@@ -3,7 +3,6 @@ package hold
 import (
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -57,29 +56,86 @@ const lockPatience = 300 * time.Millisecond
 
 // LockData takes a data process's locks: data/VERSION.lock, and data/run.lock, which every data process of the run directory shares the name of: while it is
 // held, no holder starts another. The caller keeps what it returns open for as long as it lives. ErrRunning, naming the other, if a data process has one of them.
-func LockData(runDir, version string) (io.Closer, error) {
-	who := fmt.Sprintf("data %s, pid %d", version, os.Getpid())
-	mine, err := lockPatiently(filepath.Join(runDir, "data", version+".lock"), who)
+func LockData(runDir, version string) (*DataLocks, error) {
+	l, err := LockVersion(runDir, version)
 	if err != nil {
 		return nil, err
 	}
-	all, err := lockPatiently(dataLock(runDir), who)
-	if err != nil {
-		return nil, errors.Join(err, mine.Close())
+	if l.run, err = lockPatiently(dataLock(runDir), whoIs(version)); err != nil {
+		return nil, errors.Join(err, l.Close())
 	}
-	return locks{mine, all}, nil
+	return l, nil
 }
 
-// locks are files whose locks end together.
-type locks []*os.File
+// DataLocks are a data process's locks: of its version and, unless it is only about to take over, of the run directory. Not for concurrent use.
+type DataLocks struct {
+	version   string
+	mine, run *os.File
+}
+
+func whoIs(version string) string { return fmt.Sprintf("data %s, pid %d", version, os.Getpid()) }
+
+func versionLock(runDir, version string) string {
+	return filepath.Join(runDir, "data", version+".lock")
+}
+
+// LockVersion takes data/VERSION.lock alone: a successor has it before data/run.lock is passed to it. ErrRunning.
+func LockVersion(runDir, version string) (*DataLocks, error) {
+	mine, err := lockPatiently(versionLock(runDir, version), whoIs(version))
+	if err != nil {
+		return nil, err
+	}
+	return &DataLocks{version: version, mine: mine}, nil
+}
+
+// VersionEnded tells whether no process has data/VERSION.lock: the data process of that version that was known to live is dead. Its other descriptors are closed in the
+// same moment, but perhaps a little later.
+func VersionEnded(runDir, version string) bool {
+	f, err := os.Open(versionLock(runDir, version))
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	defer f.Close()
+	return flock(f, unix.LOCK_SH|unix.LOCK_NB) == nil
+}
+
+// Run returns the locked file data/run.lock, for its descriptor to be passed on; nil before Inherit.
+func (l *DataLocks) Run() *os.File { return l.run }
+
+// Inherit takes over data/run.lock, locked by the process that passes it: the lock is held from here on until both have closed it. ErrRunning if f has no lock and
+// somebody else has it. l owns f from then on.
+func (l *DataLocks) Inherit(f *os.File) error {
+	if l.run != nil {
+		return errors.Join(fmt.Errorf("inherit the run directory's lock: it is held already: %w", ErrRunning), f.Close())
+	}
+	if err := flock(f, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrRunning
+		}
+		return errors.Join(fmt.Errorf("inherit the run directory's lock: %w", err), f.Close())
+	}
+	l.run = f
+	return nil
+}
+
+// Sign writes into data/run.lock that this process has it now.
+func (l *DataLocks) Sign() error {
+	if err := l.run.Truncate(0); err != nil {
+		return fmt.Errorf("sign the run directory's lock: %w", err)
+	}
+	if _, err := l.run.WriteAt([]byte(whoIs(l.version)+"\n"), 0); err != nil {
+		return fmt.Errorf("sign the run directory's lock: %w", err)
+	}
+	return nil
+}
 
 // Close gives the locks up.
-func (l locks) Close() error {
-	var errs []error
-	for _, f := range l {
-		errs = append(errs, f.Close())
+func (l *DataLocks) Close() error {
+	err := l.mine.Close()
+	if l.run != nil {
+		err = errors.Join(err, l.run.Close())
 	}
-	return errors.Join(errs...)
+	return err
 }
 
 func lockPatiently(path, who string) (*os.File, error) {

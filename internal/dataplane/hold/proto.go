@@ -34,6 +34,7 @@ const (
 	verbList   = "LIST"
 	verbStatus = "STATUS"
 	verbStop   = "STOP"
+	verbStart  = "START" // added to version 1 later: an older holder answers ERR invalid
 )
 
 // The codes of an ERR reply.
@@ -42,6 +43,7 @@ const (
 	codeVersion  = "version"
 	codeNotFound = "not-found"
 	codeFull     = "full"
+	codeFailed   = "failed"
 )
 
 // request is one parsed request packet.
@@ -69,7 +71,7 @@ func parseRequest(p []byte) (request, error) {
 		want = 1
 	case verbList:
 		want = min(1, len(args))
-	case verbStatus, verbStop:
+	case verbStatus, verbStop, verbStart:
 	default:
 		return request{}, fmt.Errorf("%w: unknown verb %.20q", errRequest, r.verb)
 	}
@@ -159,6 +161,8 @@ func (r reply) err() error {
 		return fmt.Errorf("%w: %s", ErrNotHeld, r.text)
 	case codeVersion:
 		return fmt.Errorf("%w: %s", ErrVersion, r.text)
+	case codeFailed:
+		return fmt.Errorf("%w: %s", ErrStart, r.text)
 	}
 	return fmt.Errorf("%w: %s: %s", ErrRefused, r.code, r.text)
 }

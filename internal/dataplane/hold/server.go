@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -224,6 +225,12 @@ func (h *holder) do(r request, fds []int) (reply, int) {
 		}
 	case verbList:
 		return reply{ok: true, text: h.list(r.name)}, -1
+	case verbStart:
+		pid, err := h.super.startSuccessor()
+		if err != nil {
+			return reply{code: codeFailed, text: err.Error()}, -1
+		}
+		return reply{ok: true, text: strconv.Itoa(pid)}, -1
 	case verbStop:
 		if err := os.WriteFile(h.cfg.stopped(), nil, 0o600); err != nil {
 			return reply{code: codeInvalid, text: err.Error()}, -1
@@ -276,20 +283,27 @@ func (h *holder) list(after string) string {
 
 // trusted tells whether the client is this user or root.
 func trusted(conn *net.UnixConn) error {
+	_, err := Peer(conn)
+	return err
+}
+
+// Peer returns the process at the other end of a unix socket, as it was when it connected or listened (SO_PEERCRED, unix(7)). ErrRefused unless it is of this user or
+// root.
+func Peer(conn *net.UnixConn) (pid int, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var cred *unix.Ucred
 	var credErr error
 	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
+		return 0, err
 	}
 	if credErr != nil {
-		return credErr
+		return 0, credErr
 	}
 	if int(cred.Uid) != os.Geteuid() && cred.Uid != 0 {
-		return fmt.Errorf("%w: client's user %d is neither %d nor root", ErrRefused, cred.Uid, os.Geteuid())
+		return 0, fmt.Errorf("%w: client's user %d is neither %d nor root", ErrRefused, cred.Uid, os.Geteuid())
 	}
-	return nil
+	return int(cred.Pid), nil
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -20,6 +21,8 @@ import (
 //	   ▲  │                                                   ▼
 //	   │  └─ lock taken: somebody else's data runs ── freed ─ dead ── young deaths in a row? wait restartDelay
 //	   └──────────────────────────────────────────────────────────┘
+//
+// A successor (START) is started beside it and gets the lock from it: when the child exits the lock is taken, and that is no death.
 const (
 	// young is the life below which a death counts as one of a row.
 	young = 2 * time.Second
@@ -60,9 +63,10 @@ type DataStatus struct {
 
 // supervisor keeps one data process alive.
 type supervisor struct {
-	cfg Config
-	mu  sync.Mutex // guards st
-	st  DataStatus
+	cfg        Config
+	mu         sync.Mutex // guards the rest
+	st         DataStatus
+	successors []int // children beside the one that live sees through; to be reaped
 }
 
 func (s *supervisor) status() DataStatus {
@@ -88,6 +92,11 @@ func (s *supervisor) run(ctx context.Context) {
 		how, ended := s.live(ctx, died)
 		if !ended {
 			return
+		}
+		if alive, who, err := dataAlive(s.cfg.RunDir); err == nil && alive {
+			s.cfg.Log.Info("data process ended, and another has its lock", "how", how, "who", who)
+			deaths = 0
+			continue
 		}
 		if deaths++; time.Since(began) >= young {
 			deaths = 1
@@ -127,6 +136,7 @@ func (s *supervisor) live(ctx context.Context, died <-chan os.Signal) (how strin
 		case <-ctx.Done():
 			return "", false
 		case <-died:
+			s.reapSuccessors()
 			if how, gone := reap(pid); gone {
 				return how, true
 			}
@@ -134,14 +144,26 @@ func (s *supervisor) live(ctx context.Context, died <-chan os.Signal) (how strin
 	}
 }
 
-// start starts the data process in a session of its own, with its output going to its log.
+// start starts the data process that live sees through.
 func (s *supervisor) start() (pid int, err error) {
-	log, err := OpenLog(s.cfg.DataLog(), MaxLogBytes)
+	if pid, err = startData(s.cfg, s.cfg.DataArgs); err != nil {
+		return 0, err
+	}
+	s.set(func(st *DataStatus) {
+		st.Running, st.PID, st.Started, st.RetryAt = true, pid, time.Now(), time.Time{}
+		st.Starts++
+	})
+	return pid, nil
+}
+
+// startData starts the newest installed data process with args, in a session of its own and with its output going to its log.
+func startData(cfg Config, args []string) (pid int, err error) {
+	log, err := OpenLog(cfg.DataLog(), MaxLogBytes)
 	if err != nil {
 		return 0, fmt.Errorf("start data: %w", err)
 	}
 	defer log.Close()
-	cmd := exec.Command(s.cfg.Binary, s.cfg.DataArgs...)
+	cmd := exec.Command(cfg.Binary, args...)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log.File(), log.File()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -149,11 +171,42 @@ func (s *supervisor) start() (pid int, err error) {
 		return 0, fmt.Errorf("start data: %w", err)
 	}
 	pid = cmd.Process.Pid
-	s.set(func(st *DataStatus) {
-		st.Running, st.PID, st.Started, st.RetryAt = true, pid, time.Now(), time.Time{}
-		st.Starts++
-	})
 	return pid, cmd.Process.Release()
+}
+
+// StartSuccessor starts the newest installed data process, detached, to take over from the one that runs: for holders that do not know START.
+func StartSuccessor(cfg Config) (pid int, err error) {
+	cfg, err = cfg.check()
+	if err != nil {
+		return 0, err
+	}
+	return startData(cfg, append(append([]string{}, cfg.DataArgs...), TakeOverFlag))
+}
+
+// startSuccessor is StartSuccessor for a child of this holder.
+func (s *supervisor) startSuccessor() (pid int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if pid, err = StartSuccessor(s.cfg); err != nil {
+		return 0, err
+	}
+	s.st.Starts++
+	s.successors = append(s.successors, pid)
+	s.cfg.Log.Info("successor started", "pid", pid, "binary", s.cfg.Binary)
+	return pid, nil
+}
+
+// reapSuccessors collects those that ended.
+func (s *supervisor) reapSuccessors() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.successors = slices.DeleteFunc(s.successors, func(pid int) bool {
+		how, gone := reap(pid)
+		if gone {
+			s.cfg.Log.Info("a data process that was started to take over ended", "how", how)
+		}
+		return gone
+	})
 }
 
 // reap collects pid if it is dead.
@@ -174,6 +227,7 @@ func reap(pid int) (how string, gone bool) {
 // untilFree waits until no process has the data lock; false if ctx ended first.
 func (s *supervisor) untilFree(ctx context.Context) bool {
 	for wait(ctx, lockPoll) {
+		s.reapSuccessors()
 		if alive, _, err := dataAlive(s.cfg.RunDir); err == nil && !alive {
 			return true
 		}
