@@ -4,18 +4,20 @@ import (
 	"github.com/spf13/cobra"
 
 	"ashlar/internal/dataplane"
+	"ashlar/internal/dataplane/hold"
 )
 
 // dataCommand is the data process; the holder starts it.
 func (a *app) dataCommand() *cobra.Command {
-	var direct bool
+	var direct, takeOver bool
 	cmd := &cobra.Command{
 		Use: "data", Short: "Run the data process (the holder starts it)", Hidden: true, Args: cobra.NoArgs,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { a.lenient = true; return a.configure(cmd) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return dataplane.Run(cmd.Context(), dataplane.Config{RunDir: a.runDir, Version: version, Direct: direct})
+			return dataplane.Run(cmd.Context(), dataplane.Config{RunDir: a.runDir, Version: version, Direct: direct, TakeOver: takeOver})
 		},
 	}
 	cmd.Flags().BoolVar(&direct, "direct", false, "go around the page cache for guests' data (ASHLAR_DIRECT=1)")
+	cmd.Flags().BoolVar(&takeOver, hold.TakeOverFlag[2:], false, "take over from the data process that runs, under running guests, if there is one")
 	return cmd
 }

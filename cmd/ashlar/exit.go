@@ -10,6 +10,7 @@ import (
 
 	"ashlar/internal/api"
 	"ashlar/internal/api/client"
+	"ashlar/internal/dataplane"
 	dataclient "ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/node"
@@ -69,6 +70,8 @@ func exitCode(ctx context.Context, err error) int {
 	case errors.As(err, &usage):
 		return exitUsage
 	case errors.Is(err, node.ErrInUse), errors.Is(err, hold.ErrRunning), errors.Is(err, dataclient.ErrInUse):
+		return exitConflict
+	case errors.Is(err, dataplane.ErrRefused), errors.Is(err, dataplane.ErrNoHandOver):
 		return exitConflict
 	case errors.Is(err, node.ErrConfig), errors.Is(err, errConfig):
 		return exitRefused

@@ -10,6 +10,8 @@ import (
 	"sort"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"ashlar/internal/dataplane/client"
 )
 
@@ -41,9 +43,11 @@ type openFile struct {
 // openList is open.json: what this process, killed and started again on the same boot, opens by itself. Each change is durable (file and name
 // flushed) when its method returns, and comes before what it announces. All methods may be called concurrently.
 type openList struct {
-	path string
-	mu   sync.Mutex // guards f, and the file
-	f    openFile
+	path   string
+	bootID string
+	mu     sync.Mutex // guards the rest, and the file
+	f      openFile
+	shared *os.File // open.lock while a hand-over is under way and two processes write the file, each the entries of its own volumes
 }
 
 // errOpenList: open.json is there, and is not ours to read.
@@ -52,7 +56,7 @@ var errOpenList = errors.New("open.json cannot be used")
 // loadOpenList reads open.json of a run directory. What another boot left is forgotten: its guests are gone. A file that cannot be read is put
 // aside (open.json.bad) and reported with errOpenList, beside an empty list that works.
 func loadOpenList(runDir, bootID string) (*openList, error) {
-	l := &openList{path: filepath.Join(client.DataDir(runDir), "open.json")}
+	l := &openList{path: filepath.Join(client.DataDir(runDir), "open.json"), bootID: bootID}
 	l.f = emptyOpenFile(bootID)
 	text, err := os.ReadFile(l.path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -105,6 +109,15 @@ func parseOpenFile(text []byte) (openFile, error) {
 func (l *openList) change(edit func(*openFile)) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.shared != nil {
+		if err := flockFile(l.shared, unix.LOCK_EX); err != nil {
+			return fmt.Errorf("change %s: %w", l.path, err)
+		}
+		defer flockFile(l.shared, unix.LOCK_UN) //nolint:errcheck // it was locked
+		if err := l.reread(); err != nil {
+			return err
+		}
+	}
 	next := l.f.clone()
 	edit(&next)
 	if err := writeDurably(l.path, next); err != nil {
@@ -112,6 +125,85 @@ func (l *openList) change(edit func(*openFile)) error {
 	}
 	l.f = next
 	return nil
+}
+
+// share lets another process change the list as well, from now until unshare: every change begins with reading the file again.
+func (l *openList) share() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.shared != nil {
+		return nil
+	}
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(l.path), "open.lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("share %s: %w", l.path, err)
+	}
+	l.shared = f
+	return nil
+}
+
+// unshare ends share: the list is this process's alone, and what the other one wrote is known. Without share before it does nothing.
+func (l *openList) unshare() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.shared == nil {
+		return nil
+	}
+	err := errors.Join(l.reread(), l.shared.Close())
+	l.shared = nil
+	return err
+}
+
+// reload reads what another process may have written.
+func (l *openList) reload() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.shared == nil {
+		return nil
+	}
+	return l.reread()
+}
+
+// reread reads the file; l.mu is held. A file that is replaced meanwhile is read as it was or as it is.
+func (l *openList) reread() error {
+	text, err := os.ReadFile(l.path)
+	if errors.Is(err, fs.ErrNotExist) {
+		l.f = emptyOpenFile(l.bootID)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read %s again: %w", l.path, err)
+	}
+	f, err := parseOpenFile(text)
+	if err != nil {
+		return fmt.Errorf("read %s again: %w", l.path, err)
+	}
+	l.f = f
+	return nil
+}
+
+// flockFile calls flock(2) on f's descriptor, and waits if it must.
+func flockFile(f *os.File, how int) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var lockErr error
+	err = raw.Control(func(fd uintptr) {
+		for lockErr = unix.EINTR; lockErr == unix.EINTR; {
+			lockErr = unix.Flock(int(fd), how)
+		}
+	})
+	return errors.Join(err, lockErr)
+}
+
+// dupFile returns a copy of a descriptor as a File.
+func dupFile(fd uintptr, name string) (*os.File, error) {
+	copied, err := unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the descriptor of %s: %w", name, err)
+	}
+	return os.NewFile(uintptr(copied), name), nil
 }
 
 func (f openFile) clone() openFile {

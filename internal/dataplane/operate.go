@@ -22,7 +22,7 @@ const (
 
 // Operate implements client.Service.
 func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeStatus, error) {
-	ctx, cancel := p.work(ctx)
+	ctx, cancel := p.operation(ctx)
 	defer cancel()
 	s := p.slot(a.VolumeID)
 	if s == nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"os"
 	"path"
 	"slices"
 	"sort"
@@ -175,13 +176,27 @@ func (d *diskDir) image(id string) (client.ImageFound, bool) {
 	return i, ok
 }
 
-// openReplica opens the replica that is to be a volume's.
-func (d *diskDir) openReplica(a client.OpenVolume, bootID string) (*local.Replica, error) {
+// A process that dies closes its files one after the other: whoever saw the first of its locks free waits so long for the others.
+const (
+	lockPatience = 2 * time.Second
+	lockPoll     = 2 * time.Millisecond
+)
+
+// openReplica opens the replica that is to be a volume's, under the lock that was passed, unless that is nil.
+func (d *diskDir) openReplica(a client.OpenVolume, bootID string, lock *os.File) (*local.Replica, error) {
 	dir, err := local.Find(d.fs, a.ReplicaID)
 	if err != nil {
+		if lock != nil {
+			err = errors.Join(err, lock.Close())
+		}
 		return nil, err
 	}
-	return local.Open(d.fs, dir, local.OpenConfig{BootID: bootID, Salvage: a.Salvage})
+	for deadline := time.Now().Add(lockPatience); ; <-time.After(lockPoll) {
+		rep, err := local.Open(d.fs, dir, local.OpenConfig{BootID: bootID, Salvage: a.Salvage, Lock: lock})
+		if lock != nil || !errors.Is(err, disk.ErrLocked) || time.Now().After(deadline) {
+			return rep, err
+		}
+	}
 }
 
 // CreateReplica implements client.Service.

@@ -44,6 +44,8 @@ type Config struct {
 	Log *slog.Logger
 	// NoExec leaves the process as it is: no PR_SET_IO_FLUSHER, for which it would execute itself, and no raised limits. For tests.
 	NoExec bool
+	// TakeOver takes over from the process that has the run directory, under running guests, if there is one.
+	TakeOver bool
 }
 
 func (c Config) check() (Config, error) {
@@ -105,11 +107,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		flusher = becomeFlusher(cfg.Log)
 		raiseLimits(cfg.Log)
 	}
-	lock, err := hold.LockData(cfg.RunDir, cfg.Version)
+	if cfg.TakeOver {
+		if err := succeed(ctx, cfg, flusher); !errors.Is(err, errNobody) {
+			return err
+		}
+	}
+	locks, err := hold.LockData(cfg.RunDir, cfg.Version)
 	if err != nil {
 		return forWire(fmt.Errorf("data process: %w", err))
 	}
-	defer lock.Close()
+	defer locks.Close()
 	keeper, err := hold.Keep(ctx, cfg.hold())
 	if err != nil {
 		return fmt.Errorf("data process: %w", err)
@@ -119,7 +126,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if err != nil {
 		return err
 	}
-	p.flusher = flusher
+	p.flusher, p.locks = flusher, locks
 	return p.serve(ctx)
 }
 
@@ -136,6 +143,9 @@ type Process struct {
 	listeners heldListeners
 	list      *openList
 	board     *board
+	locks     *hold.DataLocks // nil in tests that hand nothing over
+	admit     admission       // of verbs
+	over      overState       // hand-over to a successor
 
 	background *limit.Rate // what the node does for itself, all of it together
 	network    network
@@ -196,6 +206,10 @@ func (p *Process) serve(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
+	successors, err := client.Listen(handoverSocket(p.cfg.RunDir))
+	if err != nil {
+		return fmt.Errorf("data process: %w", err)
+	}
 	p.reopen(was)
 	p.restoreNetwork(ctx, was.Network)
 	p.log.Info("data process ready", "version", p.cfg.Version, "pid", os.Getpid(), "volumes", len(was.Volumes))
@@ -211,12 +225,14 @@ func (p *Process) serve(ctx context.Context) error {
 		case <-serving.Done():
 		}
 	})
+	p.wg.Go(func() { p.meetSuccessors(serving, successors) })
 	context.AfterFunc(serving, p.board.bump) // long polls are answered
-	err = client.Serve(serving, ln, client.Handler(p), stopTimeout)
+	err = client.Serve(serving, ln, p.doorkeeper(client.Handler(p)), stopTimeout)
 	stop()
 	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	err = errors.Join(err, p.close(late))
+	p.over.parted()
 	if said {
 		err = errors.Join(err, p.leave(late, verb))
 	}

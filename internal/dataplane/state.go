@@ -13,6 +13,7 @@ type board struct {
 	mu      sync.Mutex // guards both
 	rev     uint64
 	changed chan struct{} // closed and replaced at each change
+	frozen  bool          // changes are not told: a hand-over is under way
 }
 
 // newBoard starts the revisions at the clock, in microseconds: so that they grow from one process to the next, and still fit into a JSON number.
@@ -24,9 +25,26 @@ func newBoard(now time.Time) *board {
 func (b *board) bump() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.frozen {
+		return
+	}
 	b.rev++
 	close(b.changed)
 	b.changed = make(chan struct{})
+}
+
+// freeze keeps the revision as it is until thaw, which makes a new one.
+func (b *board) freeze() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.frozen = true
+}
+
+func (b *board) thaw() {
+	b.mu.Lock()
+	b.frozen = false
+	b.mu.Unlock()
+	b.bump()
 }
 
 // now returns the revision, and what is closed when there is another.
@@ -55,6 +73,9 @@ func (p *Process) WaitState(ctx context.Context, afterRev uint64) (client.State,
 
 // State implements client.Service. The revision is read first: what changes meanwhile makes the next one.
 func (p *Process) State(ctx context.Context) (client.State, error) {
+	if st := p.over.frozen.Load(); st != nil { // half of the volumes may be with a successor
+		return *st, nil
+	}
 	rev, _ := p.board.now()
 	st := client.State{Rev: rev, Hello: p.hello(), Disks: []client.DiskStatus{}, Volumes: []client.VolumeStatus{}, Jobs: p.jobs()}
 	st.Network, _ = p.network.look()

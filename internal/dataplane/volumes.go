@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sort"
 	"strings"
 	"sync"
@@ -55,6 +56,7 @@ type slot struct {
 	err   error // why it is failed
 	vol   *volume.Volume
 	rep   *local.Replica
+	lock  *os.File      // of the replica, passed by another process: the next open is under it
 	dev   *limit.Device // what its frontends serve; nil unless it is open, or was
 	entry openEntry
 }
@@ -239,7 +241,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	if err != nil {
 		return err
 	}
-	rep, err := d.openReplica(e.Open, p.boot)
+	rep, err := d.openReplica(e.Open, p.boot, s.inherited())
 	if err != nil {
 		return err
 	}
@@ -351,6 +353,9 @@ func (p *Process) reopen(f openFile) {
 		}
 	}
 	for id, e := range f.Volumes {
+		if p.slot(id) != nil {
+			continue // taken over from the process before this one
+		}
 		if e.Epoch == 0 && e.Failed == "" {
 			// Its open had not finished, so no guest was served and nobody was told: whoever asked asks again.
 			if err := p.list.remove(id); err != nil {

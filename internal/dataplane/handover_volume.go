@@ -1,0 +1,235 @@
+package dataplane
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"ashlar/internal/block"
+	"ashlar/internal/dataplane/client"
+	"ashlar/internal/export"
+	"ashlar/internal/replica"
+	"ashlar/internal/volume"
+)
+
+// stateGiven is a slot's state while its volume is with another process; nobody outside sees it.
+const stateGiven = "given"
+
+// maxPassedConns bounds the connections of one volume in a hand-over.
+const maxPassedConns = 1 << 16
+
+// passedVolume is a volume on its way from one process to the other. Whoever has it last closes its files.
+type passedVolume struct {
+	entry openEntry
+	lock  *os.File // of the replica; nil if it is not open
+	conns []passedConn
+}
+
+// passedConn is a client's connection, between two requests.
+type passedConn struct {
+	front string
+	state json.RawMessage
+	file  *os.File
+}
+
+// drop closes what was not taken out. To a client whose connection has no other descriptor left it is the end.
+func (v *passedVolume) drop() {
+	if v.lock != nil {
+		v.lock.Close() //nolint:errcheck // a copy
+	}
+	for _, c := range v.conns {
+		c.file.Close() //nolint:errcheck // a copy, or given up
+	}
+	v.lock, v.conns = nil, nil
+}
+
+// passVolume sends a volume and its connections. The files stay the caller's.
+func (c *peer) passVolume(v *passedVolume) error {
+	if err := c.send(frame{Kind: kindVolume, Entry: &v.entry, Conns: len(v.conns), file: v.lock}); err != nil {
+		return err
+	}
+	for _, pc := range v.conns {
+		if err := c.send(frame{Kind: kindConn, Front: pc.front, State: pc.state, file: pc.file}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// receiveVolume receives the rest of a volume of which f is the first frame, which it owns.
+func (c *peer) receiveVolume(f frame) (*passedVolume, error) {
+	v := &passedVolume{lock: f.file}
+	if f.Entry == nil || f.Conns < 0 || f.Conns > maxPassedConns {
+		v.drop()
+		return nil, fmt.Errorf("%w: a volume without an entry, or with %d connections", errFrame, f.Conns)
+	}
+	v.entry = *f.Entry
+	if err := checkOpen(v.entry.Open); err != nil {
+		v.drop()
+		return nil, fmt.Errorf("%w: %w", errFrame, err)
+	}
+	for range f.Conns {
+		pc, err := c.expect(kindConn)
+		if err == nil && pc.file == nil {
+			err = fmt.Errorf("%w: a connection without its descriptor", errFrame)
+		}
+		if err != nil {
+			v.drop()
+			return nil, err
+		}
+		v.conns = append(v.conns, passedConn{front: pc.Front, state: pc.State, file: pc.file})
+	}
+	return v, nil
+}
+
+// give passes a volume, whose slot's token the caller has, and returns how long nobody served it and how many connections went along. A volume that the other side
+// refused, or that could not be let go, is served here again, with its connections, when give returns ErrRefused. After any other error nobody knows
+// what the other side did with the connections: ours are closed, and v.out says that it has the volume.
+func (p *Process) give(ctx context.Context, to *peer, v *given) (pause time.Duration, conns int, err error) {
+	p.prepare(ctx, v.s)
+	start := time.Now()
+	out, err := p.letGoOf(ctx, v.s)
+	defer out.drop()
+	if err != nil {
+		err = fmt.Errorf("%w: %w", ErrRefused, err)
+	} else {
+		v.entry = out.entry
+		if err = to.passVolume(out); err == nil {
+			_, err = to.expect(kindTook)
+		}
+	}
+	switch {
+	case err == nil:
+		v.out = true
+		return time.Since(start), len(out.conns), nil
+	case !errors.Is(err, ErrRefused):
+		v.out = true
+		return 0, 0, err
+	}
+	if _, backErr := p.takeInto(ctx, v.s, out); backErr != nil {
+		v.out = true // it is opened again like what the other side had
+		err = errors.Join(err, backErr)
+	}
+	return 0, 0, err
+}
+
+// prepare does while guests still run what would take time while they wait: it makes what was written durable, as the one who opens the volume next does, and lets clients that are just
+// connecting come in.
+func (p *Process) prepare(ctx context.Context, s *slot) {
+	s.mu.Lock()
+	vol, a := s.vol, s.args
+	s.mu.Unlock()
+	if a.Frontend == frontendNBD {
+		p.nbd.Quiesce(ctx, a.Volume)
+	}
+	if vol == nil {
+		return
+	}
+	if err := vol.Device().Flush(); errors.Is(err, block.ErrFailed) {
+		p.noteFailure(s, err)
+	}
+}
+
+// letGoOf stops a volume's frontends between two requests and closes its engine and replica, but keeps the replica's lock. When it fails the volume is closed all the same, and
+// what it returns can be opened again.
+func (p *Process) letGoOf(ctx context.Context, s *slot) (*passedVolume, error) {
+	s.mu.Lock()
+	vol, rep := s.vol, s.rep
+	out := &passedVolume{entry: s.entry}
+	out.entry.Open = s.args
+	s.mu.Unlock()
+	var lockErr error
+	if vol != nil {
+		out.lock, lockErr = rep.Lock()
+	}
+	s.liftLimits()
+	out.conns = p.detachFronts(ctx, out.entry.Open)
+	err := lockErr
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	s.change(func(s *slot) { s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateGiven })
+	if vol != nil {
+		err = errors.Join(err, vol.HandOver(ctx), rep.Close())
+	}
+	// A failure that was noted meanwhile goes along.
+	s.mu.Lock()
+	out.entry.Failed = s.entry.Failed
+	s.mu.Unlock()
+	return out, err
+}
+
+// takeInto opens a volume that was passed, exports it, and goes on with its connections; the caller has the slot's token. When it fails the connections are still in v, and no byte of
+// them was touched.
+func (p *Process) takeInto(ctx context.Context, s *slot, v *passedVolume) (replica.Writer, error) {
+	e := v.entry
+	e.Open.Salvage = false // was for once
+	if e.Failed != "" {
+		p.failSlot(ctx, s, e, fmt.Errorf("%s: %w", e.Failed, volume.ErrNeedsSalvage))
+	} else {
+		s.change(func(s *slot) { s.lock = v.lock })
+		v.lock = nil
+		err := p.bringUp(ctx, s, e)
+		if left := s.inherited(); left != nil {
+			err = errors.Join(err, left.Close())
+		}
+		if err != nil {
+			return replica.Writer{}, err
+		}
+	}
+	conns := v.conns
+	v.conns = nil
+	p.adoptFronts(ctx, e.Open, conns)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return replica.Writer{Epoch: s.entry.Epoch, Session: s.entry.Session}, nil
+}
+
+// inherited returns the replica's lock that was passed, once.
+func (s *slot) inherited() *os.File {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f := s.lock
+	s.lock = nil
+	return f
+}
+
+// detachPatience bounds how long a client that takes no replies, or a disk that is stuck, may keep the others of its volume waiting.
+const detachPatience = 5 * time.Second
+
+// detachFronts stops a volume's frontend between two requests, and returns its connections. Afterwards the volume is not exported here. Connections that cannot be passed on
+// are cut, which is no reason to keep the volume.
+func (p *Process) detachFronts(ctx context.Context, a client.OpenVolume) (out []passedConn) {
+	ctx, cancel := context.WithTimeout(ctx, detachPatience)
+	defer cancel()
+	var err error
+	if a.Frontend == frontendNBD {
+		var conns []export.Passed
+		conns, err = p.nbd.Detach(ctx, a.Volume)
+		for _, c := range conns {
+			out = append(out, passedConn{front: frontendNBD, state: c.State, file: c.File})
+		}
+	}
+	if err != nil {
+		p.log.Warn("clients that cannot be handed over connect again", "volume", a.Volume, "error", err)
+	}
+	return out
+}
+
+// adoptFronts goes on with connections of a volume that is exported. One that cannot be gone on with is closed: its client connects again.
+func (p *Process) adoptFronts(_ context.Context, a client.OpenVolume, conns []passedConn) {
+	for _, c := range conns {
+		var err error
+		switch c.front {
+		case frontendNBD:
+			err = p.nbd.Adopt(a.Volume, c.file, c.state)
+		default:
+			err = errors.Join(fmt.Errorf("%w: a connection of %.20q", errFrame, c.front), c.file.Close())
+		}
+		if err != nil {
+			p.log.Warn("a connection was not taken over; its client connects again", "volume", a.Volume, "error", err)
+		}
+	}
+}
