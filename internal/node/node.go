@@ -7,6 +7,7 @@ package node
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -27,6 +28,8 @@ import (
 	"ashlar/internal/control"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
+	"ashlar/internal/export/blockdev"
+	"ashlar/internal/identity"
 )
 
 // Config says what a node is.
@@ -35,9 +38,9 @@ type Config struct {
 	DataDir string
 	// RunDir keeps sockets and what belongs to one boot; absolute and short, because a socket's path holds at most 108 bytes.
 	RunDir string
-	// Listen is REST's TCP address, loopback only; empty: only <run-dir>/api.sock.
+	// Listen is REST's TCP address; empty: only <run-dir>/api.sock. Beyond loopback it speaks TLS and asks for tokens.
 	Listen string
-	// TLSCertificate and TLSKey are files of what REST shows beyond loopback; empty: the cluster's authority issues it.
+	// TLSCertificate and TLSKey are files of what REST shows, then on loopback too; empty: beyond loopback the cluster's own authority (<data-dir>/identity) issues it.
 	TLSCertificate, TLSKey string
 	// NBD is where volumes are offered over TCP; the zero value: nowhere.
 	NBD client.Network
@@ -138,7 +141,7 @@ func (n *Node) build(ctx context.Context) error {
 	}
 	n.undo = append(n.undo, cat.Close)
 	ag, err := agent.New(agent.Config{
-		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log,
+		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
 		Disks: map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
 		Stop:  func() { n.cancel(errStopped) },
 	})
@@ -148,7 +151,13 @@ func (n *Node) build(ctx context.Context) error {
 	n.undo = append(n.undo, func() error { n.cancel(errStopped); n.loops.Wait(); return nil })
 	n.loop("agent", ag.Run)
 	n.loop("control", control.New(control.Config{Catalog: cat, Log: n.cfg.Log}).Run)
-	handler := api.New(api.Config{Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, CodeOf: codeOf, Log: n.cfg.Log})
+	frontend := catalog.FrontendNBD
+	if err := blockdev.Supported(); err == nil {
+		frontend = catalog.FrontendBlockdev
+	} else {
+		n.cfg.Log.Info("no block devices on this machine; volumes whose creator names no frontend get nbd", "why", err)
+	}
+	handler := api.New(api.Config{Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log})
 	// Streams have no end of their own, and would hold up the shutdown of what serves them.
 	n.undo = append(n.undo, handler.Close)
 	for _, l := range listeners {
@@ -218,12 +227,59 @@ func (n *Node) listen() ([]net.Listener, error) {
 	if n.cfg.Listen == "" {
 		return []net.Listener{sock}, nil
 	}
-	tcp, err := net.Listen("tcp", n.cfg.Listen)
+	settings, err := n.serverTLS()
+	if err != nil {
+		return nil, fmt.Errorf("%w: REST's certificate: %w", ErrConfig, err)
+	}
+	tcp, err := api.Listen(n.cfg.Listen, settings)
 	if err != nil {
 		return nil, fmt.Errorf("listen for REST (choose another address with --listen): %w", err)
 	}
 	n.undo = append(n.undo, func() error { return ignoreClosed(tcp.Close()) })
 	return []net.Listener{sock, tcp}, nil
+}
+
+// serverTLS is what REST's TCP listener shows; nil: plain HTTP, on loopback only.
+func (n *Node) serverTLS() (*tls.Config, error) {
+	if n.cfg.TLSCertificate != "" {
+		return identity.ServerTLS(identity.ServerFiles{CertFile: n.cfg.TLSCertificate, KeyFile: n.cfg.TLSKey, Changed: func(err error) {
+			if err != nil {
+				n.cfg.Log.Error("REST's certificate files changed and cannot be used; the old certificate stays", "error", err)
+			} else {
+				n.cfg.Log.Info("REST shows the new certificate")
+			}
+		}})
+	}
+	if api.CheckListen(n.cfg.Listen, api.Plain) == nil {
+		return nil, nil
+	}
+	authority, err := identity.OpenAuthority(filepath.Join(n.cfg.DataDir, "identity"), nil)
+	if err != nil {
+		return nil, err
+	}
+	return authority.ServerTLS(n.names())
+}
+
+// names are what clients may call this node: its name, the host's, and every address that Listen covers.
+func (n *Node) names() []string {
+	names := []string{n.cfg.Name, "localhost"}
+	if host, err := os.Hostname(); err == nil && host != n.cfg.Name {
+		names = append(names, host)
+	}
+	host, _, _ := net.SplitHostPort(n.cfg.Listen)
+	if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
+		return append(names, host)
+	}
+	addresses, err := net.InterfaceAddrs()
+	if err != nil {
+		n.cfg.Log.Warn("the node's addresses cannot be listed; its certificate has names only", "error", err)
+	}
+	for _, a := range addresses {
+		if ip, ok := a.(*net.IPNet); ok {
+			names = append(names, ip.IP.String())
+		}
+	}
+	return names
 }
 
 func ignoreClosed(err error) error {
