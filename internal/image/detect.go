@@ -35,11 +35,11 @@ var foreign = []struct {
 const (
 	qcowMagic     = "QFI\xfb"
 	convertAdvice = `convert it first: "qemu-img convert -O qcow2 IN OUT"`
-	unpackAdvice  = "unpack it first"
+	unpackAdvice  = "unpack it first, or pack the disk itself with gzip, xz or zstd, once"
 )
 
 // Detect tells an image's format by its first bytes (4096 or the whole file, if that is shorter). What is neither qcow2 nor known to be something
-// else is Raw. Formats that are known and not taken are ErrUnsupported; a web page, which is what a wrong URL often gives, is ErrFormat.
+// else is Raw. It says nothing of packed files, which DetectWrapper knows: here they are content, and refused. Formats that are known and not taken are ErrUnsupported; a web page, which is what a wrong URL often gives, is ErrFormat.
 // Whoever wants the bytes taken as they are says Raw instead of asking.
 func Detect(head []byte) (Format, error) {
 	if bytes.HasPrefix(head, []byte(qcowMagic)) {

@@ -124,6 +124,9 @@ func (h *httpBody) explain(err error, otherwise error) error {
 	if errors.As(err, &e) {
 		err = e.Err // its own message repeats the whole URL
 	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) { // readers above us must not take it for the file's end
+		return fmt.Errorf("%s: the connection ended after %d bytes: %w", h.name, h.off, otherwise)
+	}
 	return fmt.Errorf("%s: after %d bytes: %w: %w", h.name, h.off, err, otherwise)
 }
 

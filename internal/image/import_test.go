@@ -225,7 +225,8 @@ func TestBadServers(t *testing.T) {
 			w.Write(sample)
 		}, ErrTooLarge},
 		{"VMDK", func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "KDMV", strings.Repeat("x", 5000)) }, ErrUnsupported},
-		{"gzip", func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("\x1f\x8b\x08\x00 and so on")) }, ErrUnsupported},
+		{"bzip2", func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("BZh91AY&SY and so on")) }, ErrUnsupported},
+		{"gzip", func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("\x1f\x8b\x08\x00 and so on")) }, ErrFormat},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {

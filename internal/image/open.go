@@ -26,8 +26,9 @@ type Options struct {
 }
 
 type openOptions struct {
-	limits  Limits
-	freeing bool // keep count of what is still needed, for Image.free
+	limits   Limits
+	freeing  bool  // keep count of what is still needed, for Image.free
+	received int64 // what Limits.Expand multiplies, if it is not the file's length: the file was packed
 }
 
 // Open opens the image in f and, whatever comes of it, owns f. All of a qcow2's tables are checked before Open returns, which reads them once: the time

@@ -47,7 +47,10 @@ func openQcow2(ctx context.Context, src io.ReaderAt, fileBytes int64, o openOpti
 	if o.freeing {
 		q.refs = newHostRefs(fileBytes, h.clusterBits)
 	}
-	check := tableCheck{decoder: q.decoder, src: src, limits: o.limits, exclusive: clusterSet{}, packed: clusterSet{}, refs: q.refs}
+	check := tableCheck{decoder: q.decoder, src: src, limits: o.limits, exclusive: clusterSet{}, packed: clusterSet{}, refs: q.refs, received: o.received}
+	if check.received == 0 {
+		check.received = fileBytes
+	}
 	if q.l1, err = check.run(ctx); err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ type tableCheck struct {
 	packed     clusterSet // clusters in which a compressed stream begins: many owners, all of them compressed
 	starts     []int64    // of compressed streams, one batch
 	compressed int64      // clusters
+	received   int64      // bytes that came for this file
 	refs       *hostRefs  // nil unless space is to be freed while converting
 }
 
@@ -108,8 +109,8 @@ func (c *tableCheck) addCompressed(e entry) error {
 	c.refs.add(e.host, e.stored)
 	c.compressed++
 	free := freeExpandBytes >> c.clusterBits
-	if c.compressed > free && (c.compressed-free) > c.fileBytes/c.clusterBytes()*c.limits.Expand+c.limits.Expand {
-		return refuse(ErrTooLarge, "a file of %d bytes would unpack to more than %d times that", c.fileBytes, c.limits.Expand)
+	if c.compressed > free && (c.compressed-free) > c.received/c.clusterBytes()*c.limits.Expand+c.limits.Expand {
+		return refuse(ErrTooLarge, "a file of %d bytes would unpack to more than %d times that", c.received, c.limits.Expand)
 	}
 	c.starts = append(c.starts, e.host)
 	if len(c.starts) == startsBatch {

@@ -82,11 +82,11 @@ func (s *stream) Read(p []byte) (int, error) {
 	s.done += int64(n)
 	s.sums.Write(p[:n])
 	switch {
+	case s.total >= 0 && s.done > s.total:
+		return n, fmt.Errorf("%s: more than the announced %d bytes: %w", s.name, s.total, ErrTooLarge)
 	case s.done > s.max:
 		return n, fmt.Errorf("%s: more than %d bytes: %w", s.name, s.max, ErrTooLarge)
-	case errors.Is(err, ErrTruncated):
-		return n, err
-	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF) && s.total >= 0 && s.done < s.total:
+	case err == io.ErrUnexpectedEOF, err == io.EOF && s.total >= 0 && s.done < s.total:
 		return n, fmt.Errorf("%s: the source ended after %d of %d bytes: %w", s.name, s.done, s.total, ErrTruncated)
 	}
 	return n, err
