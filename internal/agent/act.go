@@ -48,6 +48,8 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 		r.err = closeVolume(ctx, s, v)
 	case plan.SetLimits:
 		a.setLimits(ctx, s, v, &r)
+	case plan.SetNetwork:
+		a.setNetwork(ctx, s, v, &r)
 	case plan.SetBackground:
 		r.err = s.SetBackground(ctx, client.Background{BytesPerSecond: v.BytesPerSecond})
 	case plan.Operate:
@@ -65,7 +67,7 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	case plan.DropReading:
 		r.err = endReading(ctx, s, v.Reading)
 	case plan.ForgetJob:
-		r.err = s.CancelImport(ctx, client.CancelImport{ImageID: v.ID})
+		a.forgetJob(ctx, s, v, &r)
 	case plan.ImportImage:
 		a.importImage(ctx, s, v, &r)
 	case plan.CancelImport:

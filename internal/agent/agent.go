@@ -43,6 +43,8 @@ type Config struct {
 	RunDir string
 	// Disks are the node's disks at its first start, by name; paths are absolute. Afterwards the node's record says which they are.
 	Disks map[string]catalog.DiskWanted
+	// Network is where attached volumes are offered over TCP beside their sockets; the zero value: nowhere. That it cannot be done the node's condition Network says.
+	Network client.Network
 	// Stop asks this process to end; Shutdown calls it last. Nil: nothing.
 	Stop func()
 	// Resync is how often it looks although nothing happened; zero: 30 s.
@@ -82,6 +84,9 @@ func (c *Config) check() error {
 		if !filepath.IsAbs(d.Path) || filepath.Clean(d.Path) != d.Path {
 			return fmt.Errorf("%w: the path of disk %q is %q, which is not absolute and clean", ErrConfig, name, d.Path)
 		}
+	}
+	if c.Network.Address == "" {
+		c.Network = client.Network{}
 	}
 	if c.Resync == 0 {
 		c.Resync = resync

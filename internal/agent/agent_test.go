@@ -13,6 +13,7 @@ import (
 	"ashlar/internal/agent"
 	"ashlar/internal/catalog"
 	"ashlar/internal/control"
+	"ashlar/internal/dataplane/client"
 )
 
 const node = "n1"
@@ -24,6 +25,8 @@ type world struct {
 	cat  catalog.Catalog // as control and agent see it
 	host *host
 	ids  int
+	dir  string // the run directory; "": none
+	net  client.Network
 
 	agent *agent.Agent
 	up    atomic.Bool // control and agent run
@@ -47,7 +50,7 @@ func (w *world) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	log := slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelError}))
 	a, err := agent.New(agent.Config{
-		Node: node, Address: "127.0.0.1", Catalog: w.cat, EnsureData: w.host.ensure, NewID: nil, Log: log,
+		Node: node, Address: "127.0.0.1", Catalog: w.cat, EnsureData: w.host.ensure, NewID: nil, Log: log, RunDir: w.dir, Network: w.net,
 		Disks: map[string]catalog.DiskWanted{"default": {Path: "/disks/default", AllowScheduling: true}},
 	})
 	if err != nil {

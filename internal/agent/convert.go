@@ -65,7 +65,7 @@ const jobExport = "export"
 
 // found is a data process's state as plan sees it.
 func found(st client.State) plan.Found {
-	f := plan.Found{Known: true, BootID: st.Hello.BootID, Version: st.Hello.Version, PID: st.Hello.PID, Started: st.Hello.Started.UTC()}
+	f := plan.Found{Known: true, BootID: st.Hello.BootID, Version: st.Hello.Version, PID: st.Hello.PID, Started: st.Hello.Started.UTC(), Network: plan.Network(st.Network)}
 	for _, d := range st.Disks {
 		f.Disks = append(f.Disks, foundDisk(d))
 	}
@@ -100,7 +100,7 @@ func foundDisk(d client.DiskStatus) plan.FoundDisk {
 
 func foundVolume(v client.VolumeStatus) plan.FoundVolume {
 	f := plan.FoundVolume{
-		VolumeID: v.VolumeID, Volume: v.Volume, ReplicaID: v.ReplicaID, DiskID: v.DiskID, Frontend: v.Frontend, Endpoint: v.Endpoint,
+		VolumeID: v.VolumeID, Volume: v.Volume, ReplicaID: v.ReplicaID, DiskID: v.DiskID, Frontend: v.Frontend, Endpoint: v.Endpoint, TCPEndpoint: v.TCPEndpoint,
 		SizeBytes: v.SizeBytes, Epoch: v.Epoch, State: v.State, Code: codeOfWire(v.Code), Error: v.Error,
 		Space: catalog.Space(v.Space), Limits: catalog.Limits(v.Limits),
 	}

@@ -33,7 +33,12 @@ func (p *process) SetBackground(_ context.Context, a client.Background) error {
 	return nil
 }
 
-func (p *process) SetNetwork(context.Context, client.Network) error { return nil }
+func (p *process) SetNetwork(ctx context.Context, a client.Network) error {
+	return p.verb(ctx, "set-network", func() error {
+		p.network = a
+		return nil
+	})
+}
 
 func (p *process) OpenSource(ctx context.Context, a client.OpenSource) (src client.Source, err error) {
 	err = p.verb(ctx, "open-source", func() error {

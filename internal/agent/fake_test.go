@@ -59,6 +59,7 @@ type process struct {
 	timers     []*time.Timer
 	sources    map[string]client.OpenSource
 	background int64
+	network    client.Network
 	wg         sync.WaitGroup // streams
 }
 
@@ -224,7 +225,7 @@ func (p *process) WaitState(ctx context.Context, after uint64) (client.State, er
 }
 
 func (p *process) state() client.State {
-	st := client.State{Rev: p.rev, Hello: p.hello}
+	st := client.State{Rev: p.rev, Hello: p.hello, Network: p.network}
 	for _, path := range slices.Sorted(maps.Keys(p.h.disks)) {
 		d := p.h.disks[path]
 		s := d.status
@@ -404,6 +405,7 @@ func (p *process) Operate(ctx context.Context, a client.Operate) (st client.Volu
 		}
 		err := p.effect(a, v, r)
 		st = *v
+		st.Layers = slices.Clone(r.layers)
 		return err
 	})
 	return st, err

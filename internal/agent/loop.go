@@ -279,7 +279,7 @@ func (l *loop) plan(ctx context.Context) (wake time.Time) {
 	l.forgetFinished()
 	p := plan.OnNode(plan.NodeInput{
 		Node: l.a.cfg.Node, Address: l.a.cfg.Address, Now: l.now(), View: l.view, Found: l.found, Busy: l.busy, Failures: l.failures, Finished: l.finished,
-		Background: l.background, Downloads: l.a.downloads.byVolume(), Uploads: l.uploads,
+		Background: l.background, Network: plan.Network(l.a.cfg.Network), Downloads: l.a.downloads.byVolume(), Uploads: l.uploads,
 	})
 	l.readings = p.Readings
 	for _, action := range p.Actions {

@@ -55,6 +55,9 @@ func endReading(ctx context.Context, s client.Service, r plan.Reading) error {
 	}
 	dropped := 0
 	for _, l := range st.Layers {
+		if l.Snapshot == r.Snapshot && !l.Head && !l.Removed {
+			return fmt.Errorf("remove snapshot %s: it is there still: %w", r.Snapshot, client.ErrInternal)
+		}
 		if l.Removed && !l.UserCreated && l.Labels[catalog.LabelReading] != "" {
 			dropped++
 		}
@@ -84,6 +87,16 @@ func layerOf(ctx context.Context, s client.Service, r plan.Reading) (*client.Lay
 		return nil, true, nil
 	}
 	return nil, false, nil
+}
+
+// forgetJob drops an export that is over, and looks whether it is gone.
+func (a *Agent) forgetJob(ctx context.Context, s client.Service, v plan.ForgetJob, r *result) {
+	if r.err = s.CancelImport(ctx, client.CancelImport{ImageID: v.ID}); r.err != nil {
+		return
+	}
+	if r.state = a.lookAfter(ctx, s); r.state != nil && slices.ContainsFunc(r.state.Jobs, func(j client.Job) bool { return j.ID == v.ID }) {
+		r.err = fmt.Errorf("forget export %s: it is there still: %w", v.ID, client.ErrInternal)
+	}
 }
 
 // startExport records an export as running, if it is not, and begins it. What follows from its job plan says.
@@ -145,6 +158,17 @@ func (a *Agent) setLimits(ctx context.Context, s client.Service, v plan.SetLimit
 		if st.VolumeID == v.VolumeID && st.State == plan.FoundOpen && st.Limits != want {
 			r.err = fmt.Errorf("limits of volume %s: the data process has %+v: %w", v.Volume, st.Limits, client.ErrInternal)
 		}
+	}
+}
+
+// setNetwork changes the offer over TCP, and looks whether it was taken, as setLimits does.
+func (a *Agent) setNetwork(ctx context.Context, s client.Service, v plan.SetNetwork, r *result) {
+	want := client.Network(v.Network)
+	if r.err = s.SetNetwork(ctx, want); r.err != nil {
+		return
+	}
+	if r.state = a.lookAfter(ctx, s); r.state != nil && r.state.Network != want {
+		r.err = fmt.Errorf("offer volumes at %q: the data process has %+v: %w", want.Address, r.state.Network, client.ErrInternal)
 	}
 }
 

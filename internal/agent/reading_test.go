@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -95,6 +96,41 @@ func TestBackgroundRate(t *testing.T) {
 		w.want("default again", w.mem.Delete(t.Context(), catalog.SettingKey(catalog.SettingBackgroundRate), rev) == nil)
 		w.settle(0)
 		w.want("no limit", rate() == 0, rate())
+	})
+}
+
+// TestNetwork: every data process offers volumes over TCP as the node is configured, and the node says when it cannot.
+func TestNetwork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.end()
+		w.net = client.Network{Address: "127.0.0.1:10809"}
+		var taken atomic.Bool
+		taken.Store(true)
+		w.host.setFault(func(_ context.Context, verb string, early bool) error {
+			if verb == "set-network" && early && taken.Load() {
+				return fmt.Errorf("listen: %w", client.ErrInUse)
+			}
+			return nil
+		})
+		w.start()
+		w.settle(time.Minute)
+		condition := func() catalog.Condition {
+			n, _ := get[catalog.NodeObserved](w, catalog.NodeKey(catalog.Observed, node))
+			return n.Conditions[catalog.ConditionNetwork]
+		}
+		w.want("says so", condition().Status == catalog.ConditionFalse && strings.Contains(condition().Message, "in use"), condition())
+		taken.Store(false)
+		w.settle(10 * time.Second)
+		w.want("offered", condition().Status == catalog.ConditionTrue && w.host.proc.network == w.net, condition())
+		w.host.kill()
+		w.settle(10 * time.Second)
+		w.want("offered again", w.host.starts == 2 && w.host.proc.network == w.net, w.host.proc.network)
+		w.stop()
+		w.net = client.Network{}
+		w.start()
+		w.settle(time.Second)
+		w.want("no more", condition().Status == "" && w.host.proc.network == w.net, condition())
 	})
 }
 

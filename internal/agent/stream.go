@@ -45,7 +45,7 @@ var (
 )
 
 const (
-	// idleTimeout bounds how long an upload may stand still, on either side of this process.
+	// idleTimeout bounds how long an import may take nothing of an upload.
 	idleTimeout = 30 * time.Second
 	// openTimeout bounds how long a download waits for a volume to be opened, or for its first byte to be asked for.
 	openTimeout = time.Minute
@@ -103,8 +103,8 @@ func (s *stream) Close() error {
 
 // Upload takes the bytes of an image whose source is upload and that waits for them, sizeBytes of them (-1: as many as there are), and returns when all were taken;
 // the image may still be refused afterwards, which its record says. It happens once: whatever goes wrong after the first byte makes the image failed for good.
-// catalog.ErrNotFound, ErrNotUpload, ErrUploadEarly, ErrUploadBusy, ErrUploadOnce (nothing was changed by these); ErrUploadBroken, and what the import failed of. After
-// 30 s without a byte it gives up; then r may still be read until its Read returns. Run must be running.
+// catalog.ErrNotFound, ErrNotUpload, ErrUploadEarly, ErrUploadBusy, ErrUploadOnce (nothing was changed by these); ErrUploadBroken, and what the import failed of. It gives up
+// when the import takes nothing for 30 s; that r fails when nothing comes is the caller's to see to. Run must be running.
 func (a *Agent) Upload(ctx context.Context, image string, sizeBytes int64, r io.Reader) error {
 	err := a.upload(ctx, image, sizeBytes, r)
 	if err != nil {
@@ -241,7 +241,7 @@ func (a *Agent) feed(ctx context.Context, sock *stream, sizeBytes int64, r io.Re
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	if err := a.pump(ctx, conn, sizeBytes, r); err != nil {
+	if err := a.pump(conn, sizeBytes, r); err != nil {
 		return err
 	}
 	// It closes its end when it has read everything. If it is slow to close, all is in its hands nevertheless.
@@ -255,49 +255,24 @@ func (a *Agent) feed(ctx context.Context, sock *stream, sizeBytes int64, r io.Re
 	return nil
 }
 
-// piece is what one Read of a client gave.
-type piece struct {
-	n   int
-	err error
-}
-
-// pump moves exactly sizeBytes (-1: all there are) and the mark that they are all. The client is read on a goroutine of its own because a Read cannot be given up.
-func (a *Agent) pump(ctx context.Context, conn net.Conn, sizeBytes int64, r io.Reader) error {
-	buf, turns, pieces := make([]byte, uploadPiece), make(chan struct{}), make(chan piece, 1)
-	defer close(turns)
-	a.wg.Go(func() {
-		for range turns {
-			n, err := r.Read(buf)
-			pieces <- piece{n, err}
-		}
-	})
-	w, total := client.NewStreamWriter(conn), int64(0)
-	idle := time.NewTimer(idleTimeout)
-	defer idle.Stop()
+// pump moves exactly sizeBytes (-1: all there are) and the mark that they are all.
+func (a *Agent) pump(conn net.Conn, sizeBytes int64, r io.Reader) error {
+	buf, w, total := make([]byte, uploadPiece), client.NewStreamWriter(conn), int64(0)
 	for {
-		turns <- struct{}{}
-		idle.Reset(idleTimeout)
-		var p piece
-		select {
-		case p = <-pieces:
-		case <-idle.C:
-			return fmt.Errorf("%w after %d bytes: nothing came for %v", ErrUploadBroken, total, idleTimeout)
-		case <-ctx.Done():
-			return fmt.Errorf("%w after %d bytes: %w", ErrUploadBroken, total, context.Cause(ctx))
-		}
-		if total += int64(p.n); sizeBytes >= 0 && total > sizeBytes {
+		n, rerr := r.Read(buf)
+		if total += int64(n); sizeBytes >= 0 && total > sizeBytes {
 			return fmt.Errorf("%w: more than the %d bytes that were announced", ErrUploadBroken, sizeBytes)
 		}
 		if err := conn.SetWriteDeadline(time.Now().Add(idleTimeout)); err != nil {
 			return err
 		}
-		if _, err := w.Write(buf[:p.n]); err != nil {
+		if _, err := w.Write(buf[:n]); err != nil {
 			return fmt.Errorf("the import takes no more after %d bytes: %w", total, err)
 		}
 		switch {
-		case p.err == nil:
-		case !errors.Is(p.err, io.EOF):
-			return fmt.Errorf("%w after %d bytes: %w", ErrUploadBroken, total, p.err)
+		case rerr == nil:
+		case !errors.Is(rerr, io.EOF):
+			return fmt.Errorf("%w after %d bytes: %w", ErrUploadBroken, total, rerr)
 		case sizeBytes >= 0 && total < sizeBytes:
 			return fmt.Errorf("%w: %d of %d bytes came", ErrUploadBroken, total, sizeBytes)
 		default:

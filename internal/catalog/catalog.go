@@ -203,6 +203,7 @@ const (
 	ConditionImageIncompatible  = "BackingImageIncompatible" // of a volume smaller than its image
 	ConditionReady              = "Ready"                    // of a node, a disk
 	ConditionSchedulable        = "Schedulable"              // of a node, a disk
+	ConditionNetwork            = "Network"                  // of a node that is to offer volumes over TCP
 	ConditionNearlyFull         = "NearlyFull"               // of a disk
 	ConditionTrue               = "True"
 	ConditionFalse              = "False"
@@ -293,19 +294,21 @@ type Token struct {
 
 // VolumeObserved is what is so. Owner: the agent of the node that has (or had last) the volume attached, else that of its first replica.
 type VolumeObserved struct {
-	Name       string               `json:"name"`
-	ID         string               `json:"id"`
-	State      string               `json:"state"`      // creating, detached, attaching, attached, detaching, deleting
-	Robustness string               `json:"robustness"` // healthy, degraded, faulted, unknown
-	Node       string               `json:"node,omitempty"`
-	SizeBytes  int64                `json:"sizeBytes"` // of the head
-	Endpoint   string               `json:"endpoint,omitempty"`
-	Epoch      uint64               `json:"epoch,omitempty"`
-	Space      Space                `json:"space"`
-	Replicas   []ReplicaObserved    `json:"replicas"`
-	Snapshots  []SnapshotObserved   `json:"snapshots"` // as of the last look while attached or opened
-	Conditions map[string]Condition `json:"conditions"`
-	Error      string               `json:"error,omitempty"` // why the wanted state could not be reached, for people
+	Name       string `json:"name"`
+	ID         string `json:"id"`
+	State      string `json:"state"`      // creating, detached, attaching, attached, detaching, deleting
+	Robustness string `json:"robustness"` // healthy, degraded, faulted, unknown
+	Node       string `json:"node,omitempty"`
+	SizeBytes  int64  `json:"sizeBytes"` // of the head
+	Endpoint   string `json:"endpoint,omitempty"`
+	// TCPEndpoint is where an attached volume is offered over TCP too, if the node offers volumes so.
+	TCPEndpoint string               `json:"tcpEndpoint,omitempty"`
+	Epoch       uint64               `json:"epoch,omitempty"`
+	Space       Space                `json:"space"`
+	Replicas    []ReplicaObserved    `json:"replicas"`
+	Snapshots   []SnapshotObserved   `json:"snapshots"` // as of the last look while attached or opened
+	Conditions  map[string]Condition `json:"conditions"`
+	Error       string               `json:"error,omitempty"` // why the wanted state could not be reached, for people
 }
 
 // ReplicaObserved is one replica as found. Created stays true until it was deleted, also while its disk is away.

@@ -13,9 +13,15 @@ type Found struct {
 	Version string
 	PID     int
 	Started time.Time
+	Network Network
 	Disks   []FoundDisk
 	Volumes []FoundVolume
 	Jobs    []FoundJob
+}
+
+// Network is where a node's volumes are offered over TCP, beside their sockets; the zero value is nowhere. Files are paths.
+type Network struct {
+	Address, CertFile, KeyFile, ClientCA string
 }
 
 // FoundDisk is a disk in use. Error says what is wrong with it or with things on it; those are not listed.
@@ -50,7 +56,7 @@ const (
 // FoundVolume is a volume the data process has open, or could not open, or whose last copy failed.
 type FoundVolume struct {
 	VolumeID, Volume, ReplicaID, DiskID string
-	Frontend, Endpoint                  string
+	Frontend, Endpoint, TCPEndpoint     string
 	SizeBytes                           int64
 	Epoch                               uint64
 	State                               string

@@ -23,6 +23,8 @@ type NodeInput struct {
 	Finished map[string]Result
 	// Background is what the data process was told last that the node's own work may move, in bytes per second; nil: it was not told.
 	Background *int64
+	// Network is where volumes are to be offered over TCP.
+	Network Network
 	// Downloads holds the ids of the readings of volumes under way for clients, by volume id.
 	Downloads map[string][]string
 	// Uploads holds the uploads this agent has seen, by image id.
@@ -105,6 +107,7 @@ func OnNode(in NodeInput) NodePlan {
 	}
 	p.disks()
 	p.background()
+	p.network()
 	p.findReadings()
 	for _, name := range sorted(in.View.Images) {
 		p.image(name)
@@ -169,6 +172,37 @@ func (SetBackground) Key() string { return "background" }
 // Verb implements Action.
 func (SetBackground) Verb() string { return "set-background" }
 
+// SetNetwork begins, changes or ends the offer of volumes over TCP.
+type SetNetwork struct {
+	follows
+	Network Network
+}
+
+// Key implements Action.
+func (SetNetwork) Key() string { return "network" }
+
+// Verb implements Action.
+func (SetNetwork) Verb() string { return "set-network" }
+
+// network keeps the offer over TCP as it is configured.
+func (p *planner) network() {
+	if p.in.Found.Known && p.in.Found.Network != p.in.Network {
+		p.begin(SetNetwork{Network: p.in.Network})
+	}
+}
+
+// offered tells how the offer over TCP is.
+func (p *planner) offered() catalog.Condition {
+	f, failed := p.failure(SetNetwork{})
+	switch {
+	case p.in.Found.Network == p.in.Network:
+		return catalog.Condition{Status: catalog.ConditionTrue, Message: p.in.Network.Address}
+	case failed:
+		return catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotOffered", Message: f.Message}
+	}
+	return catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotOffered", Message: "not offered yet"}
+}
+
 // background says to every data process once, and whenever the setting changes, what the node's own work may move.
 func (p *planner) background() {
 	rate := p.in.View.number(catalog.SettingBackgroundRate, catalog.SettingBackgroundRateDefault) << 20
@@ -203,6 +237,15 @@ func (p *planner) observeNode() {
 		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "SchedulingDisabled"}
 	}
 	setCondition(o.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
+	delete(o.Conditions, catalog.ConditionNetwork)
+	if p.in.Network != (Network{}) && p.in.Found.Known {
+		c := p.offered()
+		c.LastTransitionTime = p.in.Now.UTC().Truncate(time.Second)
+		if last := was.Conditions[catalog.ConditionNetwork]; last.Status == c.Status {
+			c.LastTransitionTime = last.LastTransitionTime
+		}
+		o.Conditions[catalog.ConditionNetwork] = c
+	}
 	pl := newPlacer(p.in.View)
 	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Was: node.Observed.Rev}
 	for _, name := range sorted(node.Wanted.Value.Disks) {

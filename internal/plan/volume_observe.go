@@ -18,12 +18,12 @@ func (p *planner) observeVolume(h *here) bool {
 	o := freshObserved(was, h.w)
 	o.State = volumeState(p, h, o.State)
 	o.Error = p.volumeError(h)
-	o.Node, o.Endpoint = "", ""
+	o.Node, o.Endpoint, o.TCPEndpoint = "", "", ""
 	if o.State == catalog.VolumeAttached || o.State == catalog.VolumeAttaching || o.State == catalog.VolumeDetaching {
 		o.Node = p.in.Node
 	}
 	if o.State == catalog.VolumeAttached {
-		o.Endpoint = h.found.Endpoint
+		o.Endpoint, o.TCPEndpoint = h.found.Endpoint, h.found.TCPEndpoint
 	}
 	o.Robustness = p.robustness(h, o.State)
 	o.Epoch = max(o.Epoch, h.member.Value.Epoch, h.found.Epoch)
