@@ -76,6 +76,7 @@ func (h *Handler) routes() map[string]*noun {
 			kinds: []catalog.Kind{catalog.KindToken}, hidden: true},
 		{schema: "about", plural: "about", one: About{}, list: h.about, single: true, hidden: true},
 		{schema: "websocket", plural: "ws", hidden: true, ways: h.socketWays()},
+		{schema: "catalogue", plural: "catalogue", hidden: true, ways: h.backupWays()},
 		{schema: "openapi", plural: "openapi.json", one: object{}, list: h.openAPI, single: true, hidden: true},
 	}
 	all = append(all, h.constants()...)

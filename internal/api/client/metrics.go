@@ -30,3 +30,27 @@ func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
 	}
 	return data, nil
 }
+
+// Backup writes all records of the catalogue, one JSON document, to w. After an error w may hold a part of it, which no restoration takes.
+func (c *Client) Backup(ctx context.Context, w io.Writer) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/v1/catalogue/backup", http.NoBody)
+	if err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	res, err := c.http.Do(req)
+	if err != nil {
+		return c.unreachable(ctx, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		data, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
+		if err != nil {
+			return c.unreachable(ctx, err)
+		}
+		return failure(res.StatusCode, data)
+	}
+	if _, err := io.Copy(w, res.Body); err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	return nil
+}
