@@ -117,8 +117,10 @@ func (h *Handler) eventStream(c *call, media string) (any, error) {
 	c.w.Header().Set("X-Accel-Buffering", "no")
 	c.w.Header().Set("Connection", "close") // its deadlines are no other request's
 	c.w.WriteHeader(http.StatusOK)
-	// A writer that knows no deadlines or cannot flush is a test's.
-	_ = out.rc.Flush()
+	// From the first line on the client knows where to go on.
+	if err := out.alive(); err != nil {
+		return sent{}, nil
+	}
 	cut := afterEnd(h, func() { _ = out.rc.SetWriteDeadline(time.Now().Add(liveEnd)) })
 	defer cut()
 	p := &pump{h: h, c: c, s: s, gap: liveGap, gone: c.r.Context().Done(), alive: out.alive, show: func() error { return h.showEvents(c, out) }}
@@ -185,7 +187,7 @@ func (o *eventWriter) send(e Event) error {
 func (o *eventWriter) alive() error {
 	err := error(nil)
 	if o.sse {
-		err = o.write(": still here\n\n")
+		err = o.write(": still here\nid: %d\n\n", o.last)
 	} else {
 		err = o.write("{\"type\":\"heartbeat\",\"revision\":\"%d\"}\n", o.last)
 	}

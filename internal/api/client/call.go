@@ -1,8 +1,12 @@
 package client
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"net/http"
+	"net/url"
+	"time"
 
 	"ashlar/internal/api"
 )
@@ -65,11 +69,15 @@ func (c *Client) Image(ctx context.Context, name string) (api.BackingImage, erro
 	return one[api.BackingImage](ctx, c, http.MethodGet, at("backingimages", name, ""), nil)
 }
 
-// NewImage is an image to be imported.
+// NewImage is an image to be imported; one of URL, Path, Volume and Upload says from where.
 type NewImage struct {
 	Name             string
-	URL              string // one of URL and Path
+	URL              string // http, https, nbd
 	Path             string // on the node that answers; only over its unix socket
+	Volume           string // a volume to export,
+	Snapshot         string // of which this snapshot, or the present if "",
+	ExportType       string // raw or qcow2; "": raw
+	Upload           bool   // the bytes come by UploadImage
 	ExpectedChecksum string // "" or sha512:HEX or sha256:HEX
 	Copies           int    // 0: the setting's
 }
@@ -77,8 +85,14 @@ type NewImage struct {
 // ImportImage begins an import; WaitImage tells how it goes.
 func (c *Client) ImportImage(ctx context.Context, n NewImage) (api.BackingImage, error) {
 	body := map[string]any{"name": n.Name, "sourceType": "download", "parameters": map[string]string{"url": n.URL}, "expectedChecksum": n.ExpectedChecksum}
-	if n.Path != "" {
+	switch {
+	case n.Path != "":
 		body["sourceType"], body["parameters"] = "file", map[string]string{"path": n.Path}
+	case n.Volume != "":
+		body["sourceType"] = "export-from-volume"
+		body["parameters"] = map[string]string{"volume-name": n.Volume, "snapshot-name": n.Snapshot, "export-type": n.ExportType}
+	case n.Upload:
+		body["sourceType"], body["parameters"] = "upload", map[string]string{}
 	}
 	if n.Copies > 0 {
 		body["minNumberOfCopies"] = n.Copies
@@ -107,11 +121,28 @@ type NewVolume struct {
 	Size   string // bytes or a quantity; "" with an image: the image's
 	Image  string // "" for an empty disk
 	Copies int    // 0: the setting's
+	// Frontend is nbd or blockdev; "" means nbd.
+	Frontend string
+	Limits   LimitChange
+}
+
+// LimitChange changes a volume's limits: a number or a quantity such as 100Mi, "0" for none; "" leaves a limit as it is.
+type LimitChange struct {
+	IOPS                string `json:"iops,omitempty"`
+	BytesPerSecond      string `json:"bytesPerSecond,omitempty"`
+	BurstIOPS           string `json:"burstIOPS,omitempty"`
+	BurstBytesPerSecond string `json:"burstBytesPerSecond,omitempty"`
+	BurstSeconds        string `json:"burstSeconds,omitempty"`
+}
+
+// SetLimits changes a volume's limits; an attached volume follows at once.
+func (c *Client) SetLimits(ctx context.Context, volume string, l LimitChange) (api.Volume, error) {
+	return one[api.Volume](ctx, c, http.MethodPost, at("volumes", volume, "updateLimits"), l)
 }
 
 // CreateVolume creates a volume; WaitVolume until it is no longer creating.
 func (c *Client) CreateVolume(ctx context.Context, n NewVolume) (api.Volume, error) {
-	body := map[string]any{"name": n.Name, "size": n.Size, "backingImage": n.Image, "frontend": "nbd"}
+	body := map[string]any{"name": n.Name, "size": n.Size, "backingImage": n.Image, "frontend": cmp.Or(n.Frontend, "nbd"), "limits": n.Limits}
 	if n.Copies > 0 {
 		body["numberOfReplicas"] = n.Copies
 	}
@@ -128,6 +159,7 @@ type Attachment struct {
 	Node            string `json:"hostId"`
 	DisableFrontend bool   `json:"disableFrontend,omitempty"` // nobody can use it: for reverts
 	ID              string `json:"attachmentID,omitempty"`    // of the holder; "" is everybody's
+	Frontend        string `json:"frontend,omitempty"`        // nbd or blockdev, the volume's from now on; "" as it is
 }
 
 // Attach asks for a volume to be attached; WaitVolume until it is.
@@ -200,4 +232,85 @@ func (c *Client) Revert(ctx context.Context, volume, name string) error {
 // Purge begins to free what removed snapshots hold; the volume's PurgeStatus tells how it goes.
 func (c *Client) Purge(ctx context.Context, volume string) (api.Volume, error) {
 	return one[api.Volume](ctx, c, http.MethodPost, at("volumes", volume, "snapshotPurge"), struct{}{})
+}
+
+// NewExport is an image file to be written on the node that has the volume.
+type NewExport struct {
+	Path     string `json:"path"`               // a new file, absolute
+	Format   string `json:"format,omitempty"`   // raw or qcow2; "": raw
+	Compress string `json:"compress,omitempty"` // of qcow2: "", zlib, zstd
+	Snapshot string `json:"snapshot,omitempty"` // "": the present
+}
+
+// ExportFile begins to write an image file; WaitOperation tells how it goes. CodeForbidden unless over the node's unix socket.
+func (c *Client) ExportFile(ctx context.Context, volume string, n NewExport) (api.Operation, error) {
+	return one[api.Operation](ctx, c, http.MethodPost, at("volumes", volume, "exportFile"), n)
+}
+
+// Operations lists the operations of a volume ("": of all), oldest first.
+func (c *Client) Operations(ctx context.Context, volume string) ([]api.Operation, error) {
+	path := "/v1/operations"
+	if volume != "" {
+		path += "/" + url.PathEscape(volume)
+	}
+	return list[api.Operation](ctx, c, http.MethodGet, path)
+}
+
+// Operation gets one by its id, VOLUME/ID. CodeNotFound also an hour after it was done.
+func (c *Client) Operation(ctx context.Context, id string) (api.Operation, error) {
+	return one[api.Operation](ctx, c, http.MethodGet, "/v1/operations/"+id, nil)
+}
+
+// SnapshotDiff calls each for every range in which two snapshots of an attached volume may differ, ascending. from "" is what is below the oldest, to "" the present.
+// An error of each ends it.
+func (c *Client) SnapshotDiff(ctx context.Context, volume, from, to string, each func(api.DiffChunk) error) error {
+	for off := int64(0); ; {
+		d, err := one[api.SnapshotDiff](ctx, c, http.MethodPost, at("volumes", volume, "snapshotDiff"), map[string]any{"from": from, "to": to, "off": off})
+		if err != nil {
+			return err
+		}
+		for _, r := range d.Ranges {
+			if err := each(r); err != nil {
+				return err
+			}
+		}
+		if d.NextOff >= d.Size {
+			return nil
+		}
+		if d.NextOff <= off {
+			return api.Failure(api.CodeInternal, "%s: the differences of volume %s do not go on after %d", c.address, volume, off)
+		}
+		off = d.NextOff
+	}
+}
+
+// NewToken is a token to be made.
+type NewToken struct {
+	Name     string
+	ReadOnly bool
+	Expires  time.Time // zero: never
+}
+
+// CreateToken makes a token; its secret is in the answer's Token, and nowhere else.
+func (c *Client) CreateToken(ctx context.Context, n NewToken) (api.Token, error) {
+	body := map[string]any{"name": n.Name, "readOnly": n.ReadOnly}
+	if !n.Expires.IsZero() {
+		body["expires"] = n.Expires.UTC().Format(time.RFC3339)
+	}
+	return one[api.Token](ctx, c, http.MethodPost, "/v1/tokens", body)
+}
+
+// Tokens lists the tokens by name, without their secrets.
+func (c *Client) Tokens(ctx context.Context) ([]api.Token, error) {
+	return list[api.Token](ctx, c, http.MethodGet, "/v1/tokens")
+}
+
+// DeleteToken makes a token invalid.
+func (c *Client) DeleteToken(ctx context.Context, name string) error {
+	return c.call(ctx, http.MethodDelete, at("tokens", name, ""), nil, nil)
+}
+
+// OpenAPI gets the description of the interface, OpenAPI 3.1 in JSON.
+func (c *Client) OpenAPI(ctx context.Context) (json.RawMessage, error) {
+	return one[json.RawMessage](ctx, c, http.MethodGet, "/v1/openapi.json", nil)
 }

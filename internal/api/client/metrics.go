@@ -12,7 +12,7 @@ const maxMetricsBytes = 64 << 20
 
 // Metrics returns the node's metrics as Prometheus would read them.
 func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/metrics", http.NoBody)
+	req, err := c.request(ctx, http.MethodGet, "/metrics", http.NoBody)
 	if err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
@@ -33,7 +33,7 @@ func (c *Client) Metrics(ctx context.Context) ([]byte, error) {
 
 // Backup writes all records of the catalogue, one JSON document, to w. After an error w may hold a part of it, which no restoration takes.
 func (c *Client) Backup(ctx context.Context, w io.Writer) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/v1/catalogue/backup", http.NoBody)
+	req, err := c.request(ctx, http.MethodGet, "/v1/catalogue/backup", http.NoBody)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
 	}

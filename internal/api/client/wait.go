@@ -57,6 +57,26 @@ func (c *Client) WaitImage(ctx context.Context, name string, done func(api.Backi
 	return img, err
 }
 
+// WaitOperation looks at an operation until it is done, and tells seen how far it is whenever that changed (nil: nobody). One that failed is its error.
+func (c *Client) WaitOperation(ctx context.Context, id string, seen func(api.Operation)) (api.Operation, error) {
+	var op api.Operation
+	err := until(ctx, func() (bool, error) {
+		now, err := c.Operation(ctx, id)
+		if err != nil {
+			return false, err
+		}
+		if seen != nil && (now.State != op.State || now.Progress != op.Progress) {
+			seen(now)
+		}
+		op = now
+		if op.State == "failed" {
+			return false, api.Failure(op.Reason, "volume %s: %s: %s", op.Volume, op.Verb, op.Message)
+		}
+		return op.State == "done", nil
+	})
+	return op, err
+}
+
 // WaitVolumeGone waits until there is no volume of that name.
 func (c *Client) WaitVolumeGone(ctx context.Context, name string) error {
 	return until(ctx, func() (bool, error) {
