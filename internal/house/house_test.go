@@ -40,7 +40,7 @@ var mayImport = map[string][]string{
 	"export/fuse":         {"block"},
 	"export/blockdev":     {"block", "export/fuse"},
 	"export":              {"block", "nbd"},
-	"job":                 {"block", "image", "nbd", "disk", "layer"}, // disk, layer: decision 0003
+	"job":                 {"block", "image", "nbd", "disk", "layer", "dataplane/client"}, // disk, layer: decision 0003; dataplane/client: 0013
 	"dataplane/client":    {},
 	"dataplane/hold":      {},
 	"dataplane":           append([]string{"dataplane/client", "dataplane/hold"}, dataPath...),

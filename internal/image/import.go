@@ -355,7 +355,7 @@ func keep(f disk.File, r io.Reader, progress func()) error {
 
 // fromDevice imports a disk. Pieces are read several at a time, hashed in order, and handed to the converter.
 func (im *importer) fromDevice(ctx context.Context) (Result, error) {
-	src := sourceDevice{im.Device}
+	src := SourceDevice(im.Device)
 	info := Info{Format: Raw, FileBytes: src.Size(), VirtualBytes: src.Size()}
 	if info.FileBytes > im.limits.FileBytes {
 		return Result{}, fmt.Errorf("%s: %d bytes, the limit is %d: %w", im.Source, info.FileBytes, im.limits.FileBytes, ErrTooLarge)
@@ -379,7 +379,9 @@ func (im *importer) fromDevice(ctx context.Context) (Result, error) {
 	return Result{Info: info, Digest: digest, SHA512: sums.SHA512()}, err
 }
 
-// sourceDevice says of a device's errors that the source failed.
+// SourceDevice is dev, whose reading errors say that the source failed: ErrSource.
+func SourceDevice(dev block.Device) block.Device { return sourceDevice{dev} }
+
 type sourceDevice struct{ block.Device }
 
 func (s sourceDevice) ReadAt(p []byte, off int64) (int, error) {

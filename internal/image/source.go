@@ -217,12 +217,12 @@ func (l *localFile) stream(ctx context.Context, want Checksum, maxBytes int64) *
 }
 
 // DisplaySource is a source as it may be shown and stored: a URL without user, password, query and fragment, where signed URLs keep their secrets; a path
-// as it is.
+// as it is; nothing for a URL that makes no sense.
 func DisplaySource(source string) string {
 	if !isURL(source) {
 		return source
 	}
-	u, err := parseURL(source)
+	u, err := url.Parse(source)
 	if err != nil {
 		return ""
 	}

@@ -36,14 +36,20 @@ func doImport(ctx context.Context, spec Spec, report func(Progress)) (result Res
 	defer fsys.Close()
 	target := &target{fsys: fsys, spec: i}
 	defer func() { err = errors.Join(err, target.close(err == nil)) }()
-	imported, err := image.Import(ctx, image.Request{
+	request := image.Request{
 		Source: i.Source, Checksum: sum, Format: format, Limits: i.Limits, IdleTimeout: time.Duration(i.IdleTimeoutMS) * time.Millisecond,
 		Spool: fsys, SpoolName: i.spoolName(), Create: target.create,
 		Progress: func(p Progress) {
 			p.Percent = p.Percent * importPercent / 100
 			report(p)
 		},
-	})
+	}
+	stop, err := i.openSource(ctx, &request)
+	if err != nil {
+		return Result{}, err
+	}
+	defer stop()
+	imported, err := image.Import(ctx, request)
 	if err != nil {
 		return Result{}, err
 	}

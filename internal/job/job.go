@@ -1,13 +1,13 @@
-// Package job runs imports in a process of their own, so that foreign bytes cannot hurt guests' I/O: the data process calls Start, which executes `ashlar work`
+// Package job runs imports and exports in a process of their own, so that foreign bytes cannot hurt guests' I/O: the data process calls Start, which executes `ashlar work`
 // (Main) with the spec on its standard input. The child has a memory limit, no way to gain privileges, a low priority and a bare environment, and
 // ends when its parent does. Progress and the outcome come back as JSON lines; errors come back as the sentinels they were.
 //
-//	Start ──spec──▶ stdin   work: confine, exec itself, import, seal, settle
+//	Start ──spec──▶ stdin   work: confine, exec itself, import, seal, settle; or export
 //	  ◀──progress… ─ stdout
 //	  ◀──result or error
 //	  ──closes──▶ stdin     work ends (also when Start's process is gone: that is how a killed data process takes its imports with it)
 //
-// Read next: wire.go (what is said), main.go (the child), import.go (the one kind of work so far).
+// Read next: wire.go (what is said), main.go (the child), import.go and export.go (the kinds of work), source.go (what they read and write besides files and URLs).
 package job
 
 import (
@@ -20,6 +20,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -160,8 +161,8 @@ func (j *Job) Done() <-chan struct{} { return j.done }
 // Cancel asks the work to end; Wait tells when it has. A job that is done stays done.
 func (j *Job) Cancel() { j.cancel(context.Canceled) }
 
-// Wait waits for the process to end. With a nil error the file named in the spec is there, complete and durable, but for its name: the caller renames it and
-// syncs the directories. With an error nothing of it is left. The errors are those of image, layer and disk as sentinels, ErrMemory, ErrDied, ErrCrashed, and
+// Wait waits for the process to end. With a nil error the file named in the spec is there, complete and durable; the name of an import's is not: the caller renames it and
+// syncs the directories. With an error nothing of it is left (an export whose process was killed at its very end may have given its file its name). The errors are those of image, layer and disk as sentinels, ErrMemory, ErrDied, ErrCrashed, and
 // the cause of a cancelled context.
 func (j *Job) Wait() (Result, error) {
 	j.work.Wait()
@@ -265,7 +266,11 @@ func (j *Job) obituary(why ...error) error {
 
 // checkTarget wants the names free, because tidy may remove them.
 func (s *Spec) checkTarget() error {
-	return s.eachName(func(fsys disk.FS, name string) error {
+	dir, names := s.makes()
+	if s.Export != nil && dir != "" {
+		names = append(names, filepath.Base(s.Export.To))
+	}
+	return eachName(dir, names, func(fsys disk.FS, name string) error {
 		if ok, err := disk.Exists(fsys, name); err != nil || !ok {
 			return err
 		}
@@ -275,7 +280,8 @@ func (s *Spec) checkTarget() error {
 
 // tidy removes what a child that died may have left. It is gone, and the names were free when it was started.
 func (j *Job) tidy() error {
-	return j.spec.eachName(func(fsys disk.FS, name string) error {
+	dir, names := j.spec.makes()
+	return eachName(dir, names, func(fsys disk.FS, name string) error {
 		if err := fsys.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("tidy up: %w", err)
 		}
@@ -283,17 +289,32 @@ func (j *Job) tidy() error {
 	})
 }
 
-// eachName calls f with the files the work makes.
-func (s *Spec) eachName(f func(fsys disk.FS, name string) error) error {
-	if s.Import == nil {
+// makes names the files that unfinished work may leave, and the directory they are in; "" for none.
+func (s *Spec) makes() (dir string, names []string) {
+	switch {
+	case s.Import != nil:
+		return s.Import.Root, []string{s.Import.Name, s.Import.spoolName()}
+	case s.Export != nil && !isStream(s.Export.To):
+		return filepath.Dir(s.Export.To), []string{filepath.Base(s.Export.To) + partialSuffix}
+	}
+	return "", nil
+}
+
+// eachName calls f with each of the files in dir.
+func eachName(dir string, names []string, f func(fsys disk.FS, name string) error) error {
+	if dir == "" {
 		return nil
 	}
-	fsys, err := disk.OpenReal(s.Import.Root, disk.RealOptions{})
+	fsys, err := disk.OpenReal(dir, disk.RealOptions{})
 	if err != nil {
 		return err
 	}
 	defer fsys.Close()
-	return errors.Join(f(fsys, s.Import.Name), f(fsys, s.Import.spoolName()))
+	var all error
+	for _, name := range names {
+		all = errors.Join(all, f(fsys, name))
+	}
+	return all
 }
 
 // tail keeps the last words of a process.

@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	os.Exit(mainWith(context.Background(), os.Stdin, os.Stdout, map[string]doer{
-		KindImport: doImport,
+		KindImport: doImport, KindExport: doExport,
 		"panic":    func(context.Context, Spec, func(Progress)) (Result, error) { panic("a fault") },
 		"exit":     func(context.Context, Spec, func(Progress)) (Result, error) { os.Exit(9); return Result{}, nil },
 		"nonsense": func(context.Context, Spec, func(Progress)) (Result, error) { fmt.Println("hello?"); select {} },
@@ -625,7 +625,8 @@ func FuzzWire(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	for _, s := range []string{string(spec), `{"progress":{"percent":7}}`, `{"error":{"codes":["format"],"message":"m"}}`, `{"result":{"digest":"a1:"}}`, `{}`, `null`} {
+	export := `{"kind":"export","export":{"source":"nbd+unix:///x?socket=/s","format":"raw","to":"/x"}}`
+	for _, s := range []string{string(spec), export, `{"progress":{"percent":7}}`, `{"error":{"codes":["format"],"message":"m"}}`, `{"result":{"digest":"a1:"}}`, `{}`, `null`} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -633,6 +634,9 @@ func FuzzWire(f *testing.F) {
 			if !filepath.IsAbs(s.Import.Root) || !filepath.IsLocal(s.Import.Name) {
 				t.Fatalf("accepted %+v", s.Import)
 			}
+		}
+		if s, err := decodeSpec(b); err == nil && s.Kind == KindExport && !isNBD(s.Export.Source) {
+			t.Fatalf("accepted %+v", s.Export)
 		}
 		var m message
 		if json.Unmarshal(b, &m) == nil && m.valid() && m.Error != nil {

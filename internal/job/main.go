@@ -32,7 +32,7 @@ const stuckAfter = 30 * time.Second
 // ends or ctx does. On the way it limits itself and executes its own binary again, with the same arguments, so that the limits hold from the first thread on: call it before
 // anything else was started.
 func Main(ctx context.Context, stdin io.Reader, stdout io.Writer) int {
-	return mainWith(ctx, stdin, stdout, map[string]doer{KindImport: doImport})
+	return mainWith(ctx, stdin, stdout, map[string]doer{KindImport: doImport, KindExport: doExport})
 }
 
 func mainWith(ctx context.Context, stdin io.Reader, stdout io.Writer, doers map[string]doer) int {

@@ -26,24 +26,29 @@ type Spec struct {
 	Kind string `json:"kind"`
 	// Import is set for KindImport.
 	Import *Import `json:"import,omitempty"`
+	// Export is set for KindExport.
+	Export *Export `json:"export,omitempty"`
 	// MemoryBytes is set by Start from its Config.
 	MemoryBytes int64 `json:"memoryBytes,omitempty"`
 }
 
 // Import says which image to bring where.
 type Import struct {
-	// Source is an http(s) URL or the absolute path of a regular file.
+	// Source is an http(s) URL, the absolute path of a regular file, an NBD URI (nbd, nbds, nbd+unix, nbds+unix: a raw disk), or stream+unix:///PATH, a socket to connect to and to read a stream
+	// from (docs/formats/stream.md).
 	Source string `json:"source"`
+	// SizeBytes is what a stream must hold; -1 or 0: any number. Other sources know theirs.
+	SizeBytes int64 `json:"sizeBytes,omitempty"`
 	// Checksum is of the file as received: "sha512:HEX", "sha256:HEX", bare hex, or empty.
 	Checksum string `json:"checksum,omitempty"`
 	// Format is "raw", "qcow2", or empty to go by the first bytes.
 	Format string       `json:"format,omitempty"`
 	Limits image.Limits `json:"limits"`
-	// IdleTimeoutMS is how long a server may send nothing; 0 means 30 s.
+	// IdleTimeoutMS is how long a server or the sender of a stream may send nothing; 0 means 30 s. A disk over NBD may take its time.
 	IdleTimeoutMS int64 `json:"idleTimeoutMS,omitempty"`
 
 	// Root is the absolute directory of the disk, and Name the layer file to make in it, relative, such as "tmp/ID.layer". It must not exist, its directory
-	// must. A qcow2 from a URL is kept beside it, as Name + ".spool", while it is needed.
+	// must. What cannot be converted as it arrives (image.Request.Spool) is kept beside it, as Name + ".spool", while it is needed.
 	Root string `json:"root"`
 	Name string `json:"name"`
 	// LayerID, ImageID and ImageName go into the layer's header.
@@ -56,25 +61,31 @@ type Import struct {
 
 func (i *Import) spoolName() string { return i.Name + ".spool" }
 
-// Progress says how far the work is. Phase is "fetch", "convert" or "settle".
+// Progress says how far the work is. Phase is "fetch", "convert" or "settle"; or "export".
 type Progress = image.Progress
 
-// Result is what an import made: the layer file is sealed, settled (its checksums are complete) and durable.
+// Result is what an import made: the layer file is sealed, settled (its checksums are complete) and durable. Or an export: FileBytes is the file's length, there are no sums.
 type Result struct {
 	image.Result
 	// AllocatedBytes is what the layer file takes on the disk.
 	AllocatedBytes int64 `json:"allocatedBytes"`
 }
 
-// check refuses a spec that makes no sense: ErrSpec, or image.ErrUnsupported for a checksum or format nobody knows.
+// check refuses a spec that makes no sense: ErrSpec, or image.ErrUnsupported for a checksum, format or compression nobody knows.
 func (s *Spec) check() error {
-	if s.Kind != KindImport || s.Import == nil {
-		if s.Kind == KindImport || s.Import != nil || s.Kind == "" {
-			return fmt.Errorf("kind %q: %w", s.Kind, ErrSpec)
-		}
-		return nil // whoever runs it knows whether it is a kind
+	if s.Kind == "" || (s.Kind == KindImport) != (s.Import != nil) || (s.Kind == KindExport) != (s.Export != nil) {
+		return fmt.Errorf("kind %q: %w", s.Kind, ErrSpec)
 	}
-	i := s.Import
+	switch s.Kind {
+	case KindImport:
+		return s.Import.check()
+	case KindExport:
+		return s.Export.check()
+	}
+	return nil // whoever runs it knows whether it is a kind
+}
+
+func (i *Import) check() error {
 	if _, err := image.ParseChecksum(i.Checksum); err != nil {
 		return err
 	}
@@ -88,12 +99,16 @@ func (s *Spec) check() error {
 		return fmt.Errorf("boot id: %w: %w", err, ErrSpec)
 	}
 	switch {
-	case i.Source == "":
-		return fmt.Errorf("no source: %w", ErrSpec)
+	case i.Source == "" || i.SizeBytes < -1:
+		return fmt.Errorf("no source, or %d bytes of it: %w", i.SizeBytes, ErrSpec)
 	case !filepath.IsAbs(i.Root) || strings.ContainsRune(i.Root, 0):
 		return fmt.Errorf("root %q is no absolute directory: %w", i.Root, ErrSpec)
 	case !fs.ValidPath(i.Name) || i.Name == "." || strings.ContainsRune(i.Name, 0):
 		return fmt.Errorf("name %q: %w", i.Name, ErrSpec)
+	}
+	if isStream(i.Source) {
+		_, err := streamPath(i.Source)
+		return err
 	}
 	return nil
 }
