@@ -25,26 +25,27 @@ func (a *app) volumeAttach() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "attach NAME",
 		Short: "Make a volume usable on a node, and print what to give to QEMU or libvirt",
-		Long: `Attach a volume: it is opened on a node and offered over NBD on a unix socket, from now until "ashlar volume detach", also after a reboot.
-What is printed can be pasted into a command line or a domain's definition. The forms for QEMU and libvirt make the guest's NBD client
-connect again for 30 seconds, and its I/O wait meanwhile: a data process that dies is back long before that.`,
-		Example: "  ashlar volume attach db1\n  ashlar volume attach db1 -o json | jq -r .attach.uri\n  ashlar volume attach db1 --frontend none   # for a revert",
+		Long: `Attach a volume: it is opened on a node and offered there from now until "ashlar volume detach", also after a reboot: over NBD on a unix socket, or as the block
+device /dev/ashlar/NAME. What is printed can be pasted into a command line or a domain's definition. The forms for QEMU and libvirt make the guest's
+NBD client connect again for 30 seconds, and its I/O wait meanwhile: a data process that dies is back long before that.`,
+		Example: "  ashlar volume attach db1\n  ashlar volume attach db1 -o json | jq -r .attach.uri\n  ashlar volume attach db1 --frontend blockdev   # /dev/ashlar/db1\n  ashlar volume attach db1 --frontend none   # for a revert",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch frontend {
 			case "none":
 				at.DisableFrontend = true
-			case "nbd":
-			case "blockdev", "iscsi", "vhostuser":
-				return api.Failure(api.CodeNotBuilt, "volume %s: frontend %q: not built yet; use nbd", args[0], frontend)
+			case "", "nbd", "blockdev":
+				at.Frontend = frontend
+			case "iscsi", "vhostuser":
+				return api.Failure(api.CodeNotBuilt, "volume %s: frontend %q: not built yet; use nbd or blockdev", args[0], frontend)
 			default:
-				return api.Failure(api.CodeInvalid, "volume %s: there is no frontend %q; use nbd, or none", args[0], frontend)
+				return api.Failure(api.CodeInvalid, "volume %s: there is no frontend %q; use nbd, blockdev, or none", args[0], frontend)
 			}
 			return a.withNode(func(c *client.Client) error { return a.attach(cmd.Context(), c, args[0], at) })
 		},
 	}
 	cmd.Flags().StringVar(&at.Node, "node", "", "where; default: the node that answers")
-	cmd.Flags().StringVar(&frontend, "frontend", "nbd", "nbd, or none")
+	cmd.Flags().StringVar(&frontend, "frontend", "", "nbd, blockdev, or none; default: as before, at first nbd")
 	return a.waits(cmd, time.Minute)
 }
 
@@ -54,7 +55,13 @@ func (a *app) attach(ctx context.Context, c *client.Client, name string, at clie
 		return err
 	}
 	var p *paste
-	if endpoint := v.Controllers[0].Endpoint; endpoint != "" {
+	endpoint := v.Controllers[0].Endpoint
+	if strings.HasPrefix(endpoint, "/") {
+		return a.print(v, func() {
+			a.say("volume %s: %s on %s, %s\n\nBlock device:\n  %s", v.Name, v.State, dash(v.Controllers[0].HostID), sizeOf(v.Size), endpoint)
+		})
+	}
+	if endpoint != "" {
 		if p, err = newPaste(v.Name, endpoint); err != nil {
 			return err
 		}

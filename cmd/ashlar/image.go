@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/url"
@@ -18,90 +19,159 @@ import (
 )
 
 func (a *app) imageCommand() *cobra.Command {
-	return group("image", "Golden images that volumes are made of", a.imageImport(), a.imageList(), a.imageShow(), a.imageDelete())
+	return group("image", "Golden images that volumes are made of", a.imageImport(), a.imageExport(), a.imageList(), a.imageShow(), a.imageDelete())
 }
 
 func (a *app) imageImport() *cobra.Command {
-	var sum string
+	var src importSource
 	var copies int
 	cmd := &cobra.Command{
-		Use:   "import NAME URL|FILE",
-		Short: "Import an image from a web server or a file on the node",
-		Long: `Import an image: raw or qcow2, told by its content. With a checksum, what arrives is verified while it streams, and refused if it differs.
+		Use:   "import NAME [URL|FILE|-]",
+		Short: "Import an image: from a URL, a file, standard input, or a volume",
+		Long: `Import an image: raw or qcow2, told by its content, as it is or in gzip, xz or zstd. With a checksum, what arrives is verified while it streams, and refused if it
+differs. A URL is http, https, nbd, nbds or nbd+unix; proxies are taken from the environment of the node. A transfer that breaks off goes on where it was,
+if the server can. With --volume the image is made of a volume, or of one of its snapshots.
 
-The import goes on when this command is interrupted or its node's serve is restarted; "ashlar image show NAME" tells how far it is.
-A FILE is read by the node, on the node, and can be named only over its unix socket.`,
+The import goes on when this command is interrupted or its node's serve is restarted; "ashlar image show NAME" tells how far it is. Not so from standard
+input, or from a file on another machine than the node: those bytes come through this command.`,
 		Example: `  ashlar image import debian https://example.org/debian-12-generic-amd64.qcow2 --checksum sha512:1c4c…
-  ashlar image import win /srv/images/win.raw`,
-		Args: cobra.ExactArgs(2),
+  ashlar image import win /srv/images/win.raw.xz
+  ssh old 'cat /dev/vg/vm7' | ashlar image import vm7 -
+  ashlar image import golden --volume vm1 --snapshot ready`,
+		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n := client.NewImage{Name: args[0], ExpectedChecksum: sum, Copies: copies}
-			if err := source(&n, args[1]); err != nil {
-				return err
+			if len(args) == 2 {
+				src.from = args[1]
 			}
-			return a.withNode(func(c *client.Client) error { return a.importImage(cmd.Context(), c, n) })
+			if (src.from == "") == (src.volume == "") {
+				return usageError{cmd, errors.New("either a URL, a file or - for standard input, or --volume")}
+			}
+			return a.withNode(func(c *client.Client) error {
+				start := a.now()
+				img, err := a.importImage(cmd.Context(), c, client.NewImage{Name: args[0], Copies: copies}, src)
+				if err != nil {
+					return err
+				}
+				return a.print(img, func() {
+					if !a.waiting() {
+						a.say("image %s: import begun; `ashlar image show %s` tells how far it is", img.Name, img.Name)
+						return
+					}
+					a.say("image %s: ready, %s (%s received, %s) in %s", img.Name, size(img.VirtualSize), size(img.Size), img.Format, a.now().Sub(start).Round(10*time.Millisecond))
+				})
+			})
 		},
 	}
-	cmd.Flags().StringVar(&sum, "checksum", "", "what the file must have: sha512:HEX or sha256:HEX")
+	cmd.Flags().StringVar(&src.sum, "checksum", "", "what the file must have: sha512:HEX or sha256:HEX")
+	cmd.Flags().StringVar(&src.volume, "volume", "", "a volume to make it of")
+	cmd.Flags().StringVar(&src.snapshot, "snapshot", "", "of that volume; default: the present")
 	cmd.Flags().IntVar(&copies, "copies", 0, "on how many nodes to keep it; default 3, or as many as there are")
 	return a.waits(cmd, 0)
 }
 
-// source tells a URL from a file and makes the file's path absolute.
-func source(n *client.NewImage, s string) error {
-	if u, err := url.Parse(s); err == nil && u.Host != "" && u.Scheme != "" {
-		n.URL = s
-		return nil
+// importSource is where an image comes from: a URL, a file, "-", or a volume.
+type importSource struct {
+	from, sum, volume, snapshot string
+}
+
+// open turns it into what the node is asked, and the bytes to be sent to it, if they come through us.
+func (s importSource) open(a *app, n *client.NewImage) (*client.Upload, error) {
+	n.ExpectedChecksum = s.sum
+	if s.volume != "" {
+		n.Volume, n.Snapshot = s.volume, s.snapshot
+		return nil, nil
 	}
-	path, err := filepath.Abs(s)
+	if s.from == "-" {
+		n.Upload = true
+		return &client.Upload{Body: os.Stdin, SizeBytes: -1}, nil
+	}
+	if u, err := url.Parse(s.from); err == nil && u.Scheme != "" && (u.Host != "" || strings.HasPrefix(u.Scheme, "nbd")) {
+		n.URL = s.from
+		return nil, nil
+	}
+	path, err := filepath.Abs(s.from)
 	if err != nil {
-		return fmt.Errorf("image %s: %w", n.Name, err)
+		return nil, fmt.Errorf("image %s: %w", n.Name, err)
 	}
 	info, err := os.Stat(path)
 	if err != nil {
-		return api.Because(err, api.CodeNotFound, "image %s: %v; give a file on this machine or a URL", n.Name, err)
+		return nil, api.Because(err, api.CodeNotFound, "image %s: %v; give a file on this machine or a URL", n.Name, err)
 	}
 	if !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
-		return api.Failure(api.CodeInvalid, "image %s: %s is no file", n.Name, path)
+		return nil, api.Failure(api.CodeInvalid, "image %s: %s is no file", n.Name, path)
 	}
-	n.Path = path
-	return nil
+	if a.onNode() {
+		n.Path = path
+		return nil, nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("image %s: %w", n.Name, err)
+	}
+	n.Upload = true
+	return &client.Upload{Body: f, SizeBytes: info.Size()}, nil
 }
 
-func (a *app) importImage(ctx context.Context, c *client.Client, n client.NewImage) error {
-	if n.Copies == 0 {
-		copies, err := defaultCopies(ctx, c)
-		if err != nil {
-			return err
-		}
-		n.Copies = copies
-	}
-	start := a.now()
-	img, err := c.ImportImage(ctx, n)
+// importImage begins an import and, if wanted, waits for its end; bytes that come through us are always waited for.
+func (a *app) importImage(ctx context.Context, c *client.Client, n client.NewImage, src importSource) (img api.BackingImage, err error) {
+	up, err := src.open(a, &n)
 	if err != nil {
-		return stillGoing(err, "the import of image %s may have begun; `ashlar image show %s`", n.Name, n.Name)
+		return img, err
+	}
+	if up != nil {
+		if f, ok := up.Body.(*os.File); ok && f != os.Stdin {
+			defer f.Close() // it was only read
+		}
+	}
+	if n.Copies == 0 {
+		if n.Copies, err = defaultCopies(ctx, c); err != nil {
+			return img, err
+		}
+	}
+	if img, err = c.ImportImage(ctx, n); err != nil {
+		return img, stillGoing(err, "the import of image %s may have begun; `ashlar image show %s`", n.Name, n.Name)
+	}
+	if up != nil {
+		bar := a.progress("image " + n.Name)
+		if up.SizeBytes > 0 {
+			up.Progress = func(done int64) { bar.at(int(done*100/up.SizeBytes), "sending") }
+		}
+		img, err = c.UploadImage(ctx, n.Name, *up)
+		bar.end()
+		if err != nil {
+			return img, fmt.Errorf("image %s: %w; delete it and begin again", n.Name, err)
+		}
 	}
 	if !a.waiting() {
-		return a.print(img, func() { a.say("image %s: import begun; `ashlar image show %s` tells how far it is", n.Name, n.Name) })
+		return img, nil
 	}
-	bar := a.progress("image " + n.Name)
+	return a.waitImage(ctx, c, n.Name)
+}
+
+// waitImage shows an import until it is ready or has failed.
+func (a *app) waitImage(ctx context.Context, c *client.Client, name string) (api.BackingImage, error) {
+	bar := a.progress("image " + name)
 	short, cancel := a.bounded(ctx)
 	defer cancel()
-	img, err = c.WaitImage(short, n.Name, func(img api.BackingImage) (bool, error) {
+	img, err := c.WaitImage(short, name, func(img api.BackingImage) (bool, error) {
 		s := imageState(img)
 		if s.failed {
-			return false, api.Failure(api.CodeSource, "image %s: %s; look with `ashlar image show %s`, or delete it and try another source", n.Name, s.message, n.Name)
+			return false, api.Failure(api.CodeSource, "image %s: %s; look with `ashlar image show %s`, or delete it and try another source", name, s.message, name)
 		}
 		bar.at(s.progress, s.state)
 		return s.ready, nil
 	})
 	bar.end()
-	if err != nil {
-		return stillGoing(err, "the import of image %s goes on; `ashlar image show %s` tells how far it is", n.Name, n.Name)
-	}
-	return a.print(img, func() {
-		a.say("image %s: ready, %s (%s received, %s) in %s", img.Name, size(img.VirtualSize), size(img.Size), img.Format, a.now().Sub(start).Round(10*time.Millisecond))
-	})
+	return img, stillGoing(err, "the import of image %s goes on; `ashlar image show %s` tells how far it is", name, name)
+}
+
+// importFor imports what a new volume shall hold, as an image of the volume's name. It is waited for however long it takes: there is no volume without it.
+func (a *app) importFor(ctx context.Context, c *client.Client, n client.NewVolume, src importSource) error {
+	wait, timeout := a.noWait, a.timeout
+	a.noWait, a.timeout = false, 0
+	defer func() { a.noWait, a.timeout = wait, timeout }()
+	_, err := a.importImage(ctx, c, client.NewImage{Name: n.Name, Copies: n.Copies}, src)
+	return err
 }
 
 // defaultCopies is min(3, nodes that take copies), and 1 at least.

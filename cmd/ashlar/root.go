@@ -89,7 +89,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	flags.StringVar(&a.caFile, "ca-file", "", "file with the authority that signed the node's certificate; default: the system's (ASHLAR_CA_FILE)")
 	flags.StringVarP(&a.output, "output", "o", a.env("ASHLAR_OUTPUT", "table"), "how to print: table or json (ASHLAR_OUTPUT)")
 	root.AddCommand(a.serveCommands()...)
-	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
+	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.settingCommand(), a.tokenCommand(), a.eventsCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
 		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.doctorCommand(),
 		a.supportCommand(), a.clusterCommand(), a.manualCommand(), a.nodeCommand())
 	checkArgs(root)
@@ -146,7 +146,7 @@ func (a *app) node() (*client.Client, error) {
 	if address == "" {
 		address = client.Address(a.runDir)
 	}
-	return client.New(address)
+	return client.Open(address, client.Options{TokenFile: a.tokenFile, Token: a.getenv("ASHLAR_TOKEN"), CAFile: a.caFile})
 }
 
 // withNode runs f with a client and closes it.

@@ -15,7 +15,7 @@ import (
 )
 
 func (a *app) snapshotCommand() *cobra.Command {
-	return group("snapshot", "Snapshots of volumes: take, list, go back, delete", a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotRevert(), a.snapshotDelete())
+	return group("snapshot", "Snapshots of volumes: take, list, go back, delete", a.snapshotCreate(), a.snapshotList(), a.snapshotShow(), a.snapshotRevert(), a.snapshotDiff(), a.snapshotDelete())
 }
 
 // borrowTimeout bounds the opening and closing of a volume that was detached.
@@ -253,4 +253,47 @@ func (a *app) deleteSnapshots(ctx context.Context, c *client.Client, volume stri
 		}
 	}
 	return a.print(v, func() { a.say("volume %s: snapshot %s deleted", volume, strings.Join(names, ", ")) })
+}
+
+func (a *app) snapshotDiff() *cobra.Command {
+	return &cobra.Command{
+		Use: "diff VOLUME FROM [TO]", Short: "Tell where two snapshots of a volume may differ",
+		Long: `Diff lists the ranges, in bytes, that may read differently in two snapshots of which FROM is older; without TO, in FROM and the present. FROM "-" is what is below the
+oldest snapshot: the image, or nothing. What is not listed is the same.`,
+		Example: "  ashlar snapshot diff db1 monday tuesday\n  ashlar snapshot diff db1 - -o json | jq '[.[].n] | add'", Args: cobra.RangeArgs(2, 3),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			from, to := args[1], ""
+			if from == "-" {
+				from = ""
+			}
+			if len(args) == 3 {
+				to = args[2]
+			}
+			return a.withNode(func(c *client.Client) error {
+				all := []api.DiffChunk{}
+				err := a.borrow(cmd.Context(), c, args[0], func() error {
+					return c.SnapshotDiff(cmd.Context(), args[0], from, to, func(r api.DiffChunk) error { all = append(all, r); return nil })
+				})
+				if err != nil {
+					return err
+				}
+				return a.print(all, func() { a.showDiff(all) })
+			})
+		},
+	}
+}
+
+func (a *app) showDiff(all []api.DiffChunk) {
+	rows := [][]string{{">OFFSET", ">LENGTH", "READS"}}
+	var sum int64
+	for _, r := range all {
+		reads := "data"
+		if r.Zero {
+			reads = "zero"
+		}
+		rows = append(rows, []string{fmt.Sprint(r.Off), fmt.Sprint(r.N), reads})
+		sum += r.N
+	}
+	a.table(rows)
+	a.say("%s in %d ranges", size(sum), len(all))
 }

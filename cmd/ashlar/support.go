@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -55,11 +56,7 @@ func (a *app) bundle(ctx context.Context, to string) (parts int, err error) {
 	}
 	packed := gzip.NewWriter(f)
 	archive := tar.NewWriter(packed)
-	for name, part := range a.bundleParts() {
-		data, partErr := part(ctx)
-		if partErr != nil {
-			name, data = name+".missing", []byte(partErr.Error()+"\n")
-		}
+	for name, data := range a.collect(ctx) {
 		err = archive.WriteHeader(&tar.Header{Name: "ashlar-support/" + name, Mode: 0o600, Size: int64(len(data)), ModTime: a.now()})
 		if err == nil {
 			_, err = archive.Write(data)
@@ -75,6 +72,26 @@ func (a *app) bundle(ctx context.Context, to string) (parts int, err error) {
 	return parts, nil
 }
 
+// collect gets all parts side by side: one that hangs (df does, when a file system's server is gone) holds up no other.
+func (a *app) collect(ctx context.Context) map[string][]byte {
+	var mu sync.Mutex // guards all
+	all := map[string][]byte{}
+	var wg sync.WaitGroup
+	for name, part := range a.bundleParts() {
+		wg.Go(func() {
+			data, err := part(ctx)
+			if err != nil {
+				name, data = name+".missing", append([]byte(err.Error()+"\n"), data...)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all[name] = data
+		})
+	}
+	wg.Wait()
+	return all
+}
+
 // bundleParts are the files of a bundle and how each is had.
 func (a *app) bundleParts() map[string]func(context.Context) ([]byte, error) {
 	file := func(name string) func(context.Context) ([]byte, error) {
@@ -82,14 +99,16 @@ func (a *app) bundleParts() map[string]func(context.Context) ([]byte, error) {
 	}
 	output := func(name string, args ...string) func(context.Context) ([]byte, error) {
 		return func(ctx context.Context) ([]byte, error) {
-			ctx, cancel := context.WithTimeout(ctx, 4*doctorTimeout)
+			ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 			defer cancel()
-			return exec.CommandContext(ctx, name, args...).CombinedOutput()
+			cmd := exec.CommandContext(ctx, name, args...)
+			cmd.WaitDelay = time.Second // a process that cannot die does not hold us
+			return cmd.CombinedOutput()
 		}
 	}
 	asJSON := func(get func(context.Context) (any, error)) func(context.Context) ([]byte, error) {
 		return func(ctx context.Context) ([]byte, error) {
-			ctx, cancel := context.WithTimeout(ctx, 4*doctorTimeout)
+			ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 			defer cancel()
 			v, err := get(ctx)
 			if err != nil {

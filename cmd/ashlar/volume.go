@@ -17,23 +17,42 @@ import (
 
 func (a *app) volumeCommand() *cobra.Command {
 	return group("volume", "Disks of virtual machines", a.volumeCreate(), a.volumeList(), a.volumeShow(), a.volumeAttach(), a.volumeDetach(), a.volumeExpand(),
-		a.volumeSalvage(), a.volumeDelete())
+		a.volumeLimit(), a.volumeExport(), a.volumeSalvage(), a.volumeDelete())
 }
 
 func (a *app) volumeCreate() *cobra.Command {
 	n := client.NewVolume{}
+	var from, sum string
 	cmd := &cobra.Command{
 		Use:   "create NAME",
-		Short: "Create a volume, empty or on top of an image",
+		Short: "Create a volume: empty, on top of an image, or with the content of a file, a URL or another NBD export",
 		Long: `Create a thin volume. Sizes are bytes or quantities (10Gi, 500M), rounded up to 2 MiB; 10 MiB at least, 15 TiB at most.
-Without --size a volume is as large as its image.`,
-		Example: "  ashlar volume create db1 --image debian --size 20Gi\n  ashlar volume create scratch --size 500M",
+Without --size a volume is as large as its image.
+
+With --from the content is imported first, as an image of the volume's name, which stays and may be the base of more volumes; what it may be is told by
+"ashlar image import --help".`,
+		Example: "  ashlar volume create db1 --image debian --size 20Gi\n  ashlar volume create scratch --size 500M\n  ashlar volume create old1 --from nbd://192.0.2.9/disk1\n  ashlar volume create old2 --from /srv/old2.vmdk.raw.gz",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n.Name = args[0]
-			return a.withNode(func(c *client.Client) error { return a.createVolume(cmd.Context(), c, n) })
+			if from != "" && n.Image != "" {
+				return usageError{cmd, errors.New("--from and --image: one of the two")}
+			}
+			return a.withNode(func(c *client.Client) error {
+				if from != "" {
+					if err := a.importFor(cmd.Context(), c, n, importSource{from: from, sum: sum}); err != nil {
+						return err
+					}
+					n.Image = n.Name
+				}
+				return a.createVolume(cmd.Context(), c, n)
+			})
 		},
 	}
+	cmd.Flags().StringVar(&from, "from", "", "what it shall hold: a file, a URL (http, https, nbd, nbds), or - for standard input")
+	cmd.Flags().StringVar(&sum, "checksum", "", "of --from: sha512:HEX or sha256:HEX")
+	cmd.Flags().StringVar(&n.Frontend, "frontend", "", "how it is offered when it is attached: nbd (default) or blockdev")
+	limitFlags(cmd.Flags(), &n.Limits)
 	cmd.Flags().StringVar(&n.Size, "size", "", "size; default: the image's")
 	cmd.Flags().StringVar(&n.Image, "image", "", "image to stand on")
 	cmd.Flags().IntVar(&n.Copies, "copies", 0, "copies to keep; default: 3, or as many as there are nodes")

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"strings"
@@ -12,12 +13,16 @@ type attachInput struct {
 	HostID          string `json:"hostId"`
 	DisableFrontend bool   `json:"disableFrontend"`
 	AttachmentID    string `json:"attachmentID"`
+	Frontend        string `json:"frontend"` // ours: the volume's from now on; "": as it is
 }
 
 // attach adds a ticket: the volume shall be attached to a node, from now until detach, through whatever happens in between. It returns at once.
 func (h *Handler) attach(c *call) (any, error) {
 	var in attachInput
 	if err := c.body(&in); err != nil {
+		return nil, err
+	}
+	if err := checkFrontend(c.id, in.Frontend); err != nil {
 		return nil, err
 	}
 	ctx := c.r.Context()
@@ -77,10 +82,13 @@ func (h *Handler) addTicket(w *catalog.VolumeWanted, in attachInput) error {
 				is, not = not, is
 			}
 			return Failure(CodeConflict, "volume %s is attached with its frontend %s; detach it before attaching it with the frontend %s", w.Name, is, not)
+		case !t.DisableFrontend && in.Frontend != "" && in.Frontend != w.Frontend:
+			return Failure(CodeConflict, "volume %s is attached with the frontend %s; detach it before attaching it with %s", w.Name, w.Frontend, in.Frontend)
 		case t.ID == in.AttachmentID:
 			return nil
 		}
 	}
+	w.Frontend = cmp.Or(in.Frontend, w.Frontend)
 	w.Tickets = append(w.Tickets, catalog.Ticket{
 		ID: in.AttachmentID, Node: in.HostID, Kind: catalog.TicketAPI, DisableFrontend: in.DisableFrontend, Created: h.cfg.Now().UTC(),
 	})

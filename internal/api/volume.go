@@ -315,18 +315,28 @@ func (h *Handler) volumeCreate(c *call) (any, error) {
 	return h.volumeGet(c)
 }
 
+// checkFrontend refuses frontends that this build does not have.
+func checkFrontend(volume, frontend string) error {
+	switch frontend {
+	case "", catalog.FrontendNBD, catalog.FrontendBlockdev:
+		return nil
+	case "iscsi":
+		return Failure(CodeNotBuilt, `volume %s: frontend "iscsi" (use "blockdev" or "nbd"): not built yet`, volume)
+	}
+	return Failure(CodeInvalid, "volume %s: there is no frontend %s; use %q or %q", volume, quote(frontend), catalog.FrontendBlockdev, catalog.FrontendNBD)
+}
+
 // check refuses what this build does not do, rather than to ignore it.
 func (in *volumeInput) check() error {
 	refuse := func(what string) error { return Failure(CodeNotBuilt, "volume %s: %s: not built yet", in.Name, what) }
+	if err := checkFrontend(in.Name, in.Frontend); err != nil {
+		return err
+	}
 	switch {
 	case in.NumberOfReplicas < 0 || in.NumberOfReplicas > 20:
 		return Failure(CodeInvalid, "volume %s: numberOfReplicas is %d; 1 to 20 are allowed", in.Name, in.NumberOfReplicas)
 	case in.DataEngine != "" && in.DataEngine != "v1":
 		return Failure(CodeNotSupported, "volume %s: data engine %s is not supported; leave it out", in.Name, quote(in.DataEngine))
-	case in.Frontend == "iscsi":
-		return refuse(`frontend "iscsi" (use "blockdev" or "nbd")`)
-	case in.Frontend != "" && in.Frontend != catalog.FrontendNBD && in.Frontend != catalog.FrontendBlockdev:
-		return Failure(CodeInvalid, "volume %s: there is no frontend %s; use %q or %q", in.Name, quote(in.Frontend), catalog.FrontendBlockdev, catalog.FrontendNBD)
 	case in.AccessMode != "" && in.AccessMode != "rwo":
 		return refuse("access mode " + quote(in.AccessMode))
 	case in.FromBackup != "":
