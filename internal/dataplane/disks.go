@@ -75,6 +75,7 @@ type diskDir struct {
 	path string
 	fs   disk.FS
 	lock disk.File
+	pace func(ctx context.Context, n int64) error // of background work
 
 	change sync.Mutex // held while replicas or images are made or deleted
 
@@ -356,6 +357,7 @@ func (p *Process) adopt(a client.Disk) (*diskDir, error) {
 	if err := p.list.useDisk(client.Disk{Path: d.path, ClusterID: d.ClusterID, DiskID: d.DiskID}); err != nil {
 		return nil, errors.Join(err, d.close())
 	}
+	d.pace = p.background.Wait
 	p.mu.Lock()
 	p.diskByID[d.DiskID] = d
 	p.mu.Unlock()

@@ -27,6 +27,8 @@ func wireErrors() []struct{ from, to error } {
 		{replica.ErrStale, client.ErrStaleCatalogue},
 		{volume.ErrUnreachable, client.ErrUnreachable},
 		{volume.ErrNoRecord, client.ErrNotFound},
+		{replica.ErrNotBelow, client.ErrInvalid},
+		{replica.ErrPruned, client.ErrNotFound},
 		{volume.ErrExists, client.ErrExists},
 		{volume.ErrRemoved, client.ErrInvalid},
 		{volume.ErrInvalid, client.ErrInvalid},

@@ -73,6 +73,9 @@ func (p *Process) importImage(a client.ImportImage) (client.Job, error) {
 	if err := d.sweepImport(a.ImageID); err != nil {
 		return client.Job{}, err
 	}
+	if err := d.room(); err != nil {
+		return client.Job{}, err
+	}
 	tmp := path.Join(tmpDir, a.ImageID+"-"+newID()[:8]+".layer")
 	run, err := job.Start(p.life, p.cfg.Job, job.Spec{Kind: job.KindImport, Import: &job.Import{
 		Source: a.Source, Checksum: a.Checksum, Root: d.path, Name: tmp,

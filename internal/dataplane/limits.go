@@ -82,7 +82,7 @@ func (s *slot) restoreLimits() {
 	})
 }
 
-// SetBackground implements client.Service. It holds from the next piece of work on, in this process until it ends: the agent says it again to the next.
+// SetBackground implements client.Service. The rate is that of purges, merges, checksums and whatever reads sources (exports, copies) together. It holds from the next piece of work on, in this process until it ends: the agent says it again to the next.
 func (p *Process) SetBackground(_ context.Context, a client.Background) error {
 	l := limit.Limits{BytesPerSecond: a.BytesPerSecond}
 	if err := l.Check(); err != nil {

@@ -36,6 +36,7 @@ func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeS
 		return client.VolumeStatus{}, forWire(err)
 	}
 	p.board.bump()
+	p.measureSoon()
 	return p.volumeStatus(ctx, s, p.nbd.Stats()), nil
 }
 
@@ -49,6 +50,11 @@ func (p *Process) operate(ctx context.Context, s *slot, a client.Operate) error 
 		return fmt.Errorf("%s: volume %s is not open here: %w", a.Verb, args.Volume, client.ErrNotFound)
 	case a.Verb == verbRevert && args.Frontend != "":
 		return fmt.Errorf("revert volume %s: %w: detach it, and attach it without one", args.Volume, client.ErrFrontend)
+	}
+	if a.Verb == verbSnapshot || a.Verb == verbExpand {
+		if err := p.roomFor(ctx, s, a); err != nil {
+			return fmt.Errorf("%s of volume %s: %w", a.Verb, args.Volume, err)
+		}
 	}
 	opID := replica.LayerID(a.OpID)
 	var err error

@@ -447,10 +447,14 @@ func TestStateRevisions(t *testing.T) {
 	c := b.ready()
 	a := b.volume(c, 1, mib)
 	b.open(c, a)
-	st, err := c.State(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	// What it takes on the disk is told a moment later.
+	eventually(t, "its space is known", func() bool { st, _ := status(t, c, a.VolumeID); return st.Space.ExclusiveBytes > 0 })
+	var st client.State
+	eventually(t, "the state is still", func() bool {
+		was := st.Rev
+		st = b.state(c)
+		return st.Rev == was
+	})
 	g := guest(t, b.runDir, a.Volume)
 	if err := errors.Join(g.write(0, page("x")), g.flush()); err != nil {
 		t.Fatal(err)

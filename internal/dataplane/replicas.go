@@ -192,7 +192,7 @@ func (d *diskDir) openReplica(a client.OpenVolume, bootID string, lock *os.File)
 		return nil, err
 	}
 	for deadline := time.Now().Add(lockPatience); ; <-time.After(lockPoll) {
-		rep, err := local.Open(d.fs, dir, local.OpenConfig{BootID: bootID, Salvage: a.Salvage, Lock: lock})
+		rep, err := local.Open(d.fs, dir, local.OpenConfig{BootID: bootID, Salvage: a.Salvage, Pace: d.pace, Lock: lock})
 		if lock != nil || !errors.Is(err, disk.ErrLocked) || time.Now().After(deadline) {
 			return rep, err
 		}
@@ -224,6 +224,11 @@ func (p *Process) createReplica(a client.CreateReplica) error {
 	d, err := p.disk(a.DiskID)
 	if err != nil {
 		return err
+	}
+	if _, err := local.Find(d.fs, a.ReplicaID); errors.Is(err, fs.ErrNotExist) {
+		if err := d.room(); err != nil {
+			return err
+		}
 	}
 	d.change.Lock()
 	defer d.change.Unlock()

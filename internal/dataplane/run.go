@@ -150,6 +150,7 @@ type Process struct {
 	background *limit.Rate // what the node does for itself, all of it together
 	network    network
 	sources    *sources
+	measure    chan struct{} // capacity 1: somebody wants spaces measured
 
 	life   context.Context // of everything in the background
 	cancel context.CancelFunc
@@ -181,7 +182,7 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	now := time.Now()
 	p := &Process{cfg: cfg, log: cfg.Log, boot: cfg.BootID, started: now, holder: h, list: list, board: newBoard(now),
 		ledger: wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
-		asked:  make(chan client.Shutdown, 1), background: limit.NewRate(limit.Limits{}),
+		asked:  make(chan client.Shutdown, 1), background: limit.NewRate(limit.Limits{}), measure: make(chan struct{}, 1),
 		diskByID: map[string]*diskDir{}, slotByID: map[string]*slot{}, jobByID: map[string]*importJob{}}
 	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
 		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
@@ -212,6 +213,7 @@ func (p *Process) serve(ctx context.Context) error {
 	}
 	p.reopen(was)
 	p.restoreNetwork(ctx, was.Network)
+	p.wg.Go(p.measureSpaces)
 	p.log.Info("data process ready", "version", p.cfg.Version, "pid", os.Getpid(), "volumes", len(was.Volumes))
 	serving, stop := context.WithCancel(ctx)
 	defer stop()

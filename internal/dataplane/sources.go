@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"ashlar/internal/block"
+	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/export"
 	"ashlar/internal/layer"
@@ -70,11 +71,12 @@ func (p *Process) openSource(ctx context.Context, a client.OpenSource) (client.S
 	if len(s.byID) >= maxSources {
 		return client.Source{}, fmt.Errorf("%w: %d are open; close one", client.ErrInUse, len(s.byID))
 	}
-	dev, err := p.sourceDevice(ctx, a)
+	read, err := p.sourceDevice(ctx, a)
 	if err != nil {
 		return client.Source{}, err
 	}
-	if _, err := s.front.Add(ctx, a.ID, dev, export.Options{ReadOnly: true}); err != nil {
+	dev := limit.Behind(read, p.background) // reading everything is background work, whoever does it
+	if _, err := s.front.Add(ctx, a.ID, dev, export.Options{ReadOnly: true, MayWait: dev.MayWait}); err != nil {
 		return client.Source{}, errors.Join(err, dev.Close())
 	}
 	s.byID[a.ID] = &source{args: a, dev: dev}

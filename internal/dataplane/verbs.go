@@ -16,8 +16,3 @@ func errUnbuilt(verb string) error {
 func (p *Process) ExportImage(context.Context, client.ExportImage) (client.Job, error) {
 	return client.Job{}, errUnbuilt("export image")
 }
-
-// Diff implements client.Service.
-func (p *Process) Diff(context.Context, client.Diff) (client.Changes, error) {
-	return client.Changes{}, errUnbuilt("diff")
-}

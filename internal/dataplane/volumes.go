@@ -58,6 +58,7 @@ type slot struct {
 	rep   *local.Replica
 	lock  *os.File      // of the replica, passed by another process: the next open is under it
 	dev   *limit.Device // what its frontends serve; nil unless it is open, or was
+	space measured
 	entry openEntry
 }
 
@@ -278,6 +279,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	}
 	p.log.Info("volume open", "volume", e.Open.Volume, "epoch", e.Epoch, "session", e.Session, "resumed", st.Stats.Resumed)
 	p.board.bump()
+	p.measureSoon()
 	p.wg.Go(func() { p.watch(s, vol) })
 	return nil
 }
@@ -481,8 +483,9 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	a, vol, e := s.args, s.vol, s.entry
 	st := client.VolumeStatus{VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: a.DiskID, Frontend: a.Frontend, State: s.state,
 		SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}, Limits: a.Limits}
-	err, dev := s.err, s.dev
+	err, dev, space := s.err, s.dev, s.space
 	s.mu.Unlock()
+	st.Space = spaceOf(space.usage.Space)
 	if stats, ok := fronts[a.Volume]; ok && a.Frontend != "" {
 		st.Endpoint, st.Clients, st.Stats = p.nbd.URI(a.Volume), stats.Conns, statsOf(stats)
 		st.TCPEndpoint = p.network.endpoint(a.Volume)
@@ -493,7 +496,7 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	if vol != nil && st.State != stateClosing {
 		vs, statusErr := vol.Status(ctx)
 		if statusErr == nil {
-			st.SizeBytes, st.Layers = vs.SizeBytes, layersOf(vs)
+			st.SizeBytes, st.Layers = vs.SizeBytes, layersOf(vs, space.usage)
 		} else if err == nil && st.State == stateOpen {
 			p.log.Warn("status of a volume", "volume", a.Volume, "error", statusErr)
 		}
@@ -505,10 +508,11 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 }
 
 // layersOf turns the engine's words for layers into the wire's.
-func layersOf(st volume.Status) []client.Layer {
+func layersOf(st volume.Status, space replica.Usage) []client.Layer {
 	out := make([]client.Layer, 0, len(st.Layers))
 	for _, l := range st.Layers {
-		w := client.Layer{ID: string(l.ID), Parent: string(l.Parent), Head: l.Head, SizeBytes: l.SizeBytes, AllocatedBytes: l.AllocatedBytes, Verified: l.Verified}
+		w := client.Layer{ID: string(l.ID), Parent: string(l.Parent), Head: l.Head, SizeBytes: l.SizeBytes, AllocatedBytes: l.AllocatedBytes, Verified: l.Verified,
+			DataBytes: max(0, l.DataBytes), Space: spaceOf(space.Layers[l.ID])}
 		if l.Parent == st.Record.Chain.Base {
 			w.Parent = ""
 		}

@@ -11,12 +11,17 @@ import (
 type Device struct {
 	dev  block.Device
 	rate *Rate
+	// shared says that the rate outlives the device.
+	shared bool
 }
 
 var _ block.Device = (*Device)(nil)
 
 // NewDevice returns d behind limits, which have been checked. It owns d: Close closes it.
 func NewDevice(d block.Device, l Limits) *Device { return &Device{dev: d, rate: NewRate(l)} }
+
+// Behind returns d behind a Rate that others share; Close closes d, and the Rate is its owner's.
+func Behind(d block.Device, r *Rate) *Device { return &Device{dev: d, rate: r, shared: true} }
 
 // Rate is what holds calls back: to change its limits, and see what they did.
 func (d *Device) Rate() *Rate { return d.rate }
@@ -68,6 +73,8 @@ func (d *Device) Size() int64 { return d.dev.Size() }
 
 // Close implements block.Device: calls that wait, and later ones, return block.ErrClosed; then it closes the device behind.
 func (d *Device) Close() error {
-	d.rate.Close()
+	if !d.shared {
+		d.rate.Close()
+	}
 	return d.dev.Close()
 }
