@@ -13,7 +13,7 @@ func (a *app) holdCommand() *cobra.Command {
 		Use: "hold", Short: "Run the holder (serve starts it)", Hidden: true, Args: cobra.NoArgs,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { a.lenient = true; return a.configure(cmd) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg := hold.Config{RunDir: a.runDir} // it keeps a log of bounded size itself
+			cfg := hold.Config{RunDir: a.runDir, Systemd: a.systemd()} // it keeps a log of bounded size itself
 			if detach {
 				return hold.Detach(cmd.Context(), cfg)
 			}

@@ -31,7 +31,7 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 		Example: "  ashlar serve\n  ashlar serve --data-dir /srv/ashlar --run-dir /run/ashlar --listen 127.0.0.1:9500 --name kvm1",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg.RunDir = a.runDir
+			cfg.RunDir, cfg.Systemd = a.runDir, a.systemd()
 			if cfg.Listen == "none" {
 				cfg.Listen = ""
 			}
@@ -49,6 +49,9 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 	}
 	return cmd
 }
+
+// systemd tells whether this process is one of the package's units, whose others systemd starts.
+func (a *app) systemd() bool { return a.getenv("ASHLAR_SYSTEMD") == "1" }
 
 // logger writes what is at least as important as level, a line each.
 func logger(w io.Writer, level, format string) *slog.Logger {

@@ -30,6 +30,8 @@ type Config struct {
 	// Binary, HoldArgs and DataArgs say how the holder starts this program; see hold.Config.
 	Binary             string
 	HoldArgs, DataArgs []string
+	// Systemd: see hold.Config.
+	Systemd bool
 	// Job says how imports are run; the zero value executes this binary with "work".
 	Job job.Config
 	// Direct goes around the page cache for guests' data (O_DIRECT).
@@ -81,7 +83,7 @@ func (c Config) openReal(path string) (disk.FS, error) {
 }
 
 func (c Config) hold() hold.Config {
-	return hold.Config{RunDir: c.RunDir, Binary: c.Binary, HoldArgs: c.HoldArgs, DataArgs: c.DataArgs, Log: c.Log}
+	return hold.Config{RunDir: c.RunDir, Binary: c.Binary, HoldArgs: c.HoldArgs, DataArgs: c.DataArgs, Systemd: c.Systemd, Log: c.Log}
 }
 
 // stopTimeout bounds the orderly end: after it the process goes as if it were killed, which it survives.

@@ -52,6 +52,8 @@ type Config struct {
 	Etcd []string
 	// Binary is started as holder and data process; empty: this program.
 	Binary string
+	// Systemd: holder and data process are units of systemd's; see hold.Config.
+	Systemd bool
 	// Log takes what a record cannot; nil: dropped.
 	Log *slog.Logger
 }
@@ -290,7 +292,7 @@ func ignoreClosed(err error) error {
 }
 
 func (n *Node) holdConfig() hold.Config {
-	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Log: n.cfg.Log}
+	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Systemd: n.cfg.Systemd, Log: n.cfg.Log}
 }
 
 func (n *Node) openCatalogue(ctx context.Context) (*etcd.Store, error) {

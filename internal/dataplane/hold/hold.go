@@ -29,6 +29,8 @@ type Config struct {
 	// HoldArgs and DataArgs follow Binary to run the holder and the data process in the foreground. Defaults: hold (data) --run-dir RunDir. The
 	// holder is started through an intermediate that gets DetachFlag as well.
 	HoldArgs, DataArgs []string
+	// Systemd has the holder and the data process started as units (systemd.go), not as processes of whoever needs them.
+	Systemd bool
 	// Log gets what happened. Default: in Run standard error, bounded if that is HoldLog; elsewhere nothing.
 	Log *slog.Logger
 }

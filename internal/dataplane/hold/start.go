@@ -43,6 +43,10 @@ func Ensure(ctx context.Context, cfg Config) (*Conn, error) {
 
 // intermediate runs a process that starts the holder and ends: so the holder is nobody's child, and we wait for ours.
 func intermediate(ctx context.Context, cfg Config) error {
+	if cfg.Systemd {
+		_, err := systemctl(ctx, "start", holdUnit)
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
 	if err := os.MkdirAll(cfg.RunDir, 0o755); err != nil {

@@ -126,6 +126,9 @@ func (s *supervisor) live(ctx context.Context, died <-chan os.Signal) (how strin
 		s.cfg.Log.Info("a data process runs already", "who", who)
 		return "ended (not this holder's child): " + who, s.untilFree(ctx)
 	}
+	if s.cfg.Systemd {
+		return s.liveUnit(ctx)
+	}
 	pid, err := s.start()
 	if err != nil {
 		return err.Error(), true
@@ -180,6 +183,10 @@ func StartSuccessor(cfg Config) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	if cfg.Systemd {
+		_, pid, err := startUnit(context.Background(), cfg)
+		return pid, err
+	}
 	return startData(cfg, append(append([]string{}, cfg.DataArgs...), TakeOverFlag))
 }
 
@@ -191,7 +198,9 @@ func (s *supervisor) startSuccessor() (pid int, err error) {
 		return 0, err
 	}
 	s.st.Starts++
-	s.successors = append(s.successors, pid)
+	if !s.cfg.Systemd { // whose child it is
+		s.successors = append(s.successors, pid)
+	}
 	s.cfg.Log.Info("successor started", "pid", pid, "binary", s.cfg.Binary)
 	return pid, nil
 }
