@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"ashlar/internal/catalog"
@@ -84,7 +85,7 @@ func tokenOf(r *http.Request) string {
 	return ""
 }
 
-// tokenNames are the names under which clients that do not read documentation put a token into a URL or a cookie.
+// tokenNames are the names under which clients that do not read documentation put a token into a URL.
 var tokenNames = [...]string{"token", "access_token", "ashlar_token", "api_key", "apikey"}
 
 // misplaced refuses a token where proxies and logs keep it. It is refused on every connection, so that nobody learns the habit on loopback.
@@ -93,23 +94,15 @@ func misplaced(r *http.Request) error {
 		return Failure(CodeUnauthorized, "token in the wrong place: %s ends up in logs and histories; delete this token, make another, and send it in the header "+
 			"\"Authorization: Bearer …\"", where)
 	}
-	is := func(name, value string) bool {
-		for _, n := range tokenNames {
-			if strings.EqualFold(name, n) {
-				return true
-			}
-		}
-		return identity.LooksLikeToken(value)
-	}
 	for name, values := range r.URL.Query() {
-		for _, v := range append(values, "") {
-			if is(name, v) {
-				return wrong("what is in a URL")
-			}
+		named := slices.ContainsFunc(tokenNames[:], func(n string) bool { return strings.EqualFold(name, n) })
+		if named || slices.ContainsFunc(values, identity.LooksLikeToken) {
+			return wrong("what is in a URL")
 		}
 	}
+	// By its name alone a cookie is not ours: those of all servers of a host arrive here, whatever their port.
 	for _, c := range r.Cookies() {
-		if is(c.Name, c.Value) {
+		if identity.LooksLikeToken(c.Value) {
 			return wrong("what is in a cookie")
 		}
 	}

@@ -287,7 +287,7 @@ type Space struct {
 type Token struct {
 	Name     string    `json:"name"`
 	SHA256   string    `json:"sha256"`             // of the secret, hex
-	ReadOnly bool      `json:"readOnly,omitempty"` // GET and HEAD only
+	ReadOnly bool      `json:"readOnly,omitempty"` // GET, HEAD, and those actions that change nothing
 	Created  time.Time `json:"created"`
 	Expires  time.Time `json:"expires,omitzero"` // zero: never
 }

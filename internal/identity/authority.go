@@ -162,6 +162,33 @@ func (a *Authority) Issue(names []string) ([]byte, error) {
 	return append(data, a.CertificatePEM()...), err
 }
 
+// Names are what a server that listens on some host can be reached by, for ServerTLS: the host itself, or where that is every interface ("", 0.0.0.0, ::) this machine's name
+// and addresses; and loopback.
+func Names(host string) ([]string, error) {
+	names := []string{"localhost", "127.0.0.1", "::1"}
+	if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
+		if !slices.Contains(names, host) {
+			names = append([]string{host}, names...)
+		}
+		return names, nil
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	names = append([]string{name}, names...)
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() && !slices.Contains(names, n.IP.String()) {
+			names = append(names, n.IP.String())
+		}
+	}
+	return names, nil
+}
+
 // ServerTLS returns the settings of a TLS server that shows this authority's certificate for some names and addresses. The certificate is kept in the directory, made
 // anew when the names change, and renewed by itself: whenever a client connects and less than a third of its life is left. A renewal that fails (a full disk) leaves
 // the old one in use as long as it is valid. TLS 1.2 at least; HTTP/1.1 only, because connections are taken over for websockets.

@@ -263,3 +263,18 @@ func TestToken(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestNames names the host that was given, or all that this machine has.
+func TestNames(t *testing.T) {
+	for host, want := range map[string]string{"192.0.2.1": "192.0.2.1", "node1.example": "node1.example", "127.0.0.1": "localhost"} {
+		if got := must[[]string](t)(Names(host)); got[0] != want || !strings.Contains(strings.Join(got, " "), "127.0.0.1") {
+			t.Errorf("%s: %v", host, got)
+		}
+	}
+	name := must[string](t)(os.Hostname())
+	for _, host := range []string{"", "0.0.0.0", "::"} {
+		if got := must[[]string](t)(Names(host)); got[0] != name || len(got) < 4 {
+			t.Errorf("%q: %v", host, got)
+		}
+	}
+}
