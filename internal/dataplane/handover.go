@@ -459,7 +459,10 @@ func (g *giver) letGo() {
 func (g *giver) takeBack(ctx context.Context, why error) (string, error) {
 	what := EventReturned
 	if err := g.askBack(ctx, why); err != nil {
-		what, why = EventLost, errors.Join(why, err)
+		what = EventLost
+		if errors.Is(why, ErrRefused) { // it was lost only when it was asked to give back
+			why = fmt.Errorf("%w, and then was lost: %w", why, err)
+		}
 		g.to.close()
 		g.p.awaitDeath(g.to)
 	}

@@ -167,6 +167,7 @@ func (p *Process) takeInto(ctx context.Context, s *slot, v *passedVolume) (repli
 	e := v.entry
 	e.Open.Salvage = false // was for once
 	if e.Failed != "" {
+		s.change(func(s *slot) { s.args = e.Open })
 		p.failSlot(ctx, s, e, fmt.Errorf("%s: %w", e.Failed, volume.ErrNeedsSalvage))
 	} else {
 		s.change(func(s *slot) { s.lock = v.lock })
