@@ -1,17 +1,21 @@
 package blockdev
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,7 +30,7 @@ type keeper struct {
 	held map[string]*os.File
 }
 
-func newKeeper(t *testing.T) *keeper {
+func newKeeper(t testing.TB) *keeper {
 	k := &keeper{held: map[string]*os.File{}}
 	t.Cleanup(func() {
 		for name, f := range k.held {
@@ -292,7 +296,7 @@ func serveMain(args []string) int {
 
 // child is a running serveMain.
 type child struct {
-	t     *testing.T
+	t     testing.TB
 	cmd   *exec.Cmd
 	stdin interface{ Close() error }
 	wg    sync.WaitGroup
@@ -365,21 +369,29 @@ func (c *child) handOver() {
 
 // bed is where a test's block devices are.
 type bed struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	run    string
 	devs   string
 	keeper *keeper
+	open   []*fileDevice // closed when everything else was cleaned up
 }
 
-func newBed(t *testing.T) *bed {
+func newBed(t testing.TB) *bed {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "ashlar-blockdev-")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return &bed{t: t, dir: dir, run: filepath.Join(dir, "run"), devs: filepath.Join(dir, "dev"), keeper: newKeeper(t)}
+	b := &bed{t: t, dir: dir, run: filepath.Join(dir, "run"), devs: filepath.Join(dir, "dev")}
+	t.Cleanup(func() {
+		for _, d := range b.open {
+			d.Close()
+		}
+		os.RemoveAll(dir)
+	})
+	b.keeper = newKeeper(t)
+	return b
 }
 
 // frontend returns one in this process.
@@ -415,14 +427,14 @@ func (b *bed) file(name string, n int64) string {
 	return path
 }
 
-// open returns the file as a Device.
-func (b *bed) open(path string) *fileDevice {
+// device returns the file as a Device.
+func (b *bed) device(path string) *fileDevice {
 	b.t.Helper()
 	d, err := openDevice(path)
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	b.t.Cleanup(func() { d.Close() })
+	b.open = append(b.open, d)
 	return d
 }
 
@@ -434,4 +446,51 @@ func (b *bed) command(name string, args ...string) string {
 		b.t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
 	return string(out)
+}
+
+// workload writes, syncs, compares and deletes files in dir until the deadline.
+func workload(dir string, deadline time.Time) error {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := 0; time.Now().Before(deadline); i++ {
+		p := make([]byte, rnd.IntN(2<<20)+1)
+		for j := range p {
+			p[j] = byte(rnd.Uint32())
+		}
+		name := filepath.Join(dir, strconv.Itoa(i%20))
+		f, err := os.Create(name)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(p)
+		if i%2 == 0 {
+			err = errors.Join(err, f.Sync())
+			unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		got, err := os.ReadFile(name)
+		if err != nil || !bytes.Equal(got, p) {
+			return fmt.Errorf("file %d differs: %w", i, err)
+		}
+		if i%3 == 0 {
+			if err := os.Remove(name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// workloadMain is a process that does the workload: DIR DURATION.
+func workloadMain(args []string) int {
+	d, err := time.ParseDuration(args[1])
+	if err == nil {
+		err = workload(args[0], time.Now().Add(d))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "workload:", err)
+		return 1
+	}
+	return 0
 }
