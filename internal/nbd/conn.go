@@ -53,6 +53,7 @@ type conn struct {
 	contexts []metaContext
 	dev      block.Device
 	readOnly bool
+	fastZero bool
 	mayWait  func() bool // nil: never
 	link     link
 	pool     *buffers
@@ -92,7 +93,7 @@ type transmission struct {
 
 func newConn(t transmission) *conn {
 	c := &conn{
-		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, mayWait: t.export.MayWait,
+		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, fastZero: t.export.FastZero, mayWait: t.export.MayWait,
 		link: t.link, pool: t.pool, stats: t.stats, stop: t.stop,
 	}
 	for _, id := range t.state.Contexts {

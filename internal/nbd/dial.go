@@ -105,6 +105,8 @@ type negotiator struct {
 	nc     net.Conn // the TLS connection once there is one
 	br     *bufio.Reader
 	export string
+
+	answered bool // an option over the present nc
 }
 
 func (n *negotiator) run(ctx context.Context, cfg *tls.Config) (agreed, error) {
@@ -169,6 +171,7 @@ func (n *negotiator) startTLS(ctx context.Context, cfg *tls.Config) error {
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("nbd: %w handshake: %w", ErrTLS, err)
 	}
+	n.answered = false
 	n.nc, n.br = tc, bufio.NewReaderSize(tc, receiveBytes)
 	return nil
 }
@@ -179,6 +182,9 @@ func (n *negotiator) ask(opt uint32, data []byte, each func(rep uint32, data []b
 	p = be.AppendUint32(p, opt)
 	p = be.AppendUint32(p, uint32(len(data)))
 	if err := n.write(append(p, data...)); err != nil {
+		if _, _, why := n.reply(opt); why != nil && !n.answered {
+			err = why // a server that hung up on us over TLS said why before it did
+		}
 		return 0, err
 	}
 	for range maxOptionReplies {
@@ -199,8 +205,8 @@ func (n *negotiator) ask(opt uint32, data []byte, each func(rep uint32, data []b
 func (n *negotiator) reply(opt uint32) (rep uint32, data []byte, err error) {
 	var head [optionReplyBytes]byte
 	if _, err := io.ReadFull(n.br, head[:]); err != nil {
-		var alert tls.AlertError
-		if errors.As(err, &alert) { // the server did not like our certificate, and TLS 1.3 says so only now
+		// With TLS 1.3 a server that does not like our certificate says so only now.
+		if _, encrypted := n.nc.(*tls.Conn); encrypted && !n.answered {
 			err = fmt.Errorf("%w: %w", ErrTLS, err)
 		}
 		return 0, nil, fmt.Errorf("nbd: read reply to option %d: %w", opt, err)
@@ -213,6 +219,7 @@ func (n *negotiator) reply(opt uint32) (rep uint32, data []byte, err error) {
 	if _, err := io.ReadFull(n.br, data); err != nil {
 		return 0, nil, fmt.Errorf("nbd: read reply to option %d: %w", opt, err)
 	}
+	n.answered = true
 	return be.Uint32(head[12:]), data, nil
 }
 

@@ -75,6 +75,8 @@ func (e Errno) text() string {
 		return "no space left on the disk, or beyond the end of the export"
 	case EOVERFLOW:
 		return "request larger than the maximum payload"
+	case ENOTSUP:
+		return "zeroing is not fast here"
 	case ESHUTDOWN:
 		return "the volume was closed or another host took it over"
 	}

@@ -21,6 +21,10 @@ const (
 	statusWindow = 128 << 20
 
 	zeroChunk = 256 << 10
+
+	// cacheChunk is how much a CACHE reads at once, and cacheBytes how much in all: it is a hint, and must not occupy a worker for long.
+	cacheChunk = 64 << 10
+	cacheBytes = 32 << 20
 )
 
 // execute carries out a checked request on the Device and appends its whole reply to out, which has replyRoom bytes free.
@@ -37,6 +41,8 @@ func (c *conn) execute(req request, payload []byte, out *buffer) {
 		err = c.dev.Zero(req.off, int64(req.n))
 	case cmdWriteZeroes:
 		err = c.zero(req)
+	case cmdCache:
+		err = c.cache(req)
 	case cmdFlush:
 		err = c.dev.Flush()
 	}
@@ -178,6 +184,23 @@ func (c *conn) zero(req request) error {
 		}
 		m := min(int64(req.n)-done, int64(len(zeroes)))
 		if _, err := c.dev.WriteAt(zeroes[:m], req.off+done); err != nil {
+			return err
+		}
+		done += m
+	}
+	return nil
+}
+
+// cache carries out CACHE: what was read and thrown away is likely to be read fast the next time.
+func (c *conn) cache(req request) error {
+	b := c.pool.get(cacheChunk)
+	defer c.pool.put(b)
+	for done, n := int64(0), min(int64(req.n), cacheBytes); done < n; {
+		if c.stop.Load() {
+			return block.ErrClosed
+		}
+		m := min(n-done, cacheChunk)
+		if _, err := c.dev.ReadAt(b.data(int(m)), req.off+done); err != nil {
 			return err
 		}
 		done += m

@@ -23,6 +23,9 @@ type Export struct {
 	// MayWait, if not nil, tells whether the Device may hold the next request back for other reasons than its medium (a rate, say): then a worker takes the request,
 	// and those behind it on the connection go on. It is asked before each request, concurrently, and must be quick.
 	MayWait func() bool
+	// FastZero says that Zero of any range costs much less than writing it. Only then are zeroes that a client wants fast or not at all
+	// carried out; else they are refused with ENOTSUP, as the protocol asks.
+	FastZero bool
 }
 
 // Exports is where a Server finds what it serves. Both methods may be called concurrently.
@@ -51,11 +54,11 @@ func (s Single) List() []Export { return []Export{Export(s)} }
 // transmissionFlags are what a client is told about e.
 func (e Export) transmissionFlags(structured bool) uint16 {
 	// MULTI_CONN: Flush covers everything that returned before on the Device, whichever connection it came by.
-	flags := uint16(flagHasFlags | flagFlush | flagFUA | flagMultiConn)
+	flags := uint16(flagHasFlags | flagFlush | flagFUA | flagMultiConn | flagCache)
 	if e.ReadOnly {
 		flags |= flagReadOnly
 	} else {
-		flags |= flagTrim | flagWriteZeroes
+		flags |= flagTrim | flagWriteZeroes | flagFastZero
 	}
 	if structured {
 		flags |= flagDF

@@ -107,7 +107,7 @@ func FuzzTransmission(f *testing.F) {
 	for mode := range uint8(8) {
 		f.Add(mode, req(request{cmd: cmdWrite, off: 4096, n: 5000}, request{cmd: cmdRead, n: 64 << 10}, request{cmd: cmdFlush}, request{cmd: cmdDisc}))
 		f.Add(mode, req(request{cmd: cmdTrim, n: 64 << 10, flags: cmdFlagFUA}, request{cmd: cmdWriteZeroes, n: 100, flags: cmdFlagNoHole}, request{cmd: cmdBlockStatus, n: 64 << 10}))
-		f.Add(mode, req(request{cmd: cmdWrite, n: 70_000}, request{cmd: cmdBlockStatus, n: 1, flags: cmdFlagReqOne}, request{cmd: 77}))
+		f.Add(mode, req(request{cmd: cmdWrite, n: 70_000}, request{cmd: cmdBlockStatus, n: 1, flags: cmdFlagReqOne}, request{cmd: cmdCache, n: 9999}, request{cmd: cmdWriteZeroes, n: 99, flags: cmdFlagFast}, request{cmd: 77}))
 		f.Add(mode, req(request{cmd: cmdRead, off: -1, n: 1<<32 - 1}, request{cmd: cmdRead, off: 65535, n: 1, flags: cmdFlagDF}))
 	}
 	f.Fuzz(func(t *testing.T, mode uint8, p []byte) {

@@ -153,7 +153,7 @@ func TestNbdinfo(t *testing.T) {
 		e := decode[export](t, string(raw))
 		e.Content = ""
 		want := export{Name: "vol", Description: "a volume", Size: diskBytes, Contexts: []string{"base:allocation"},
-			Flush: true, FUA: true, Trim: true, Zero: true, MultiConn: true, DF: true}
+			Flush: true, FUA: true, Trim: true, Zero: true, MultiConn: true, DF: true, FastZero: true, Cache: true}
 		if fmt.Sprint(e) != fmt.Sprint(want) {
 			t.Fatalf("got  %+v\nwant %+v", e, want)
 		}

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -43,7 +44,7 @@ func newLink(nc net.Conn, idle time.Duration) (link, error) {
 	_, isUnix := nc.(*net.UnixConn)
 	_, isTCP := nc.(*net.TCPConn)
 	if !isUnix && !isTCP {
-		return &netLink{nc}, nil
+		return &netLink{nc: nc}, nil
 	}
 	fd, err := dupConn(nc.(syscall.Conn))
 	if err != nil {
@@ -259,11 +260,21 @@ func (s *socket) close() {
 	}
 }
 
-// netLink is a link over any net.Conn.
-type netLink struct{ nc net.Conn }
+// netLink is a link over any net.Conn, or over TLS on one.
+type netLink struct {
+	nc  net.Conn
+	tls *tls.Conn // nil without TLS
+}
+
+func (l *netLink) stream() net.Conn {
+	if l.tls != nil {
+		return l.tls
+	}
+	return l.nc
+}
 
 func (l *netLink) read(p []byte) (int, error) {
-	n, err := l.nc.Read(p)
+	n, err := l.stream().Read(p)
 	if n > 0 {
 		return n, nil
 	}
@@ -275,7 +286,7 @@ func (l *netLink) read(p []byte) (int, error) {
 
 func (l *netLink) write(bufs [][]byte) error {
 	for _, b := range bufs {
-		if _, err := l.nc.Write(b); err != nil {
+		if _, err := l.stream().Write(b); err != nil {
 			return err
 		}
 	}
@@ -288,4 +299,10 @@ func (l *netLink) interrupt() { _ = l.nc.Close() }
 
 func (l *netLink) closeRead() { _ = l.nc.SetReadDeadline(time.Unix(1, 0)) }
 
-func (l *netLink) close() { _ = l.nc.Close() }
+// close tells a TLS client that this is the end and no cut wire.
+func (l *netLink) close() {
+	if l.tls != nil {
+		_ = l.tls.CloseWrite()
+	}
+	_ = l.nc.Close()
+}

@@ -19,6 +19,9 @@ type haggler struct {
 	exports  Exports
 	draining func() bool  // the server is going: choose nothing any more
 	commit   func(Export) // nil, or told of the export that is chosen before the client is
+	// secure, if not nil, changes over to TLS and returns the new stream; until then nothing is told or chosen.
+	secure   func() (io.ReadWriter, error)
+	isSecure bool
 
 	fixed, noZeroes bool
 	structured      bool
@@ -115,11 +118,13 @@ func (h *haggler) option() (opt uint32, data []byte, err error) {
 
 // answer replies to one option; chosen means that the transmission phase begins with e.
 func (h *haggler) answer(opt uint32, data []byte) (e Export, chosen bool, err error) {
-	if opt == optExportName {
+	plain := h.secure != nil && !h.isSecure
+	switch {
+	case opt == optExportName && plain:
+		return Export{}, false, fmt.Errorf("nbd: export %q is asked for without %w", data, ErrTLS)
+	case opt == optExportName:
 		e, err := h.exportName(string(data))
 		return e, err == nil, err
-	}
-	switch {
 	case opt == optAbort:
 		// The client need not wait for the reply: an error while sending it means nothing.
 		_ = h.reply(opt, repAck, nil)
@@ -128,6 +133,8 @@ func (h *haggler) answer(opt uint32, data []byte) (e Export, chosen bool, err er
 		return Export{}, false, fmt.Errorf("nbd: option %d without fixed newstyle: %w", opt, ErrProtocol)
 	case h.draining():
 		return Export{}, false, h.reply(opt, repErrShutdown, nil)
+	case plain && opt != optStartTLS:
+		return Export{}, false, h.reply(opt, repErrTLSReqd, nil)
 	case data == nil:
 		return Export{}, false, h.reply(opt, repErrTooBig, nil)
 	}
@@ -141,11 +148,7 @@ func (h *haggler) answer(opt uint32, data []byte) (e Export, chosen bool, err er
 	case optListMetaContext, optSetMetaContext:
 		err = h.metaContext(opt, data)
 	case optStartTLS:
-		rep := uint32(repErrPolicy)
-		if len(data) > 0 {
-			rep = repErrInvalid
-		}
-		err = h.reply(opt, rep, nil)
+		err = h.startTLS(data)
 	default:
 		err = h.reply(opt, repErrUnsup, nil)
 	}
@@ -156,6 +159,27 @@ func (h *haggler) write(p []byte) error {
 	if _, err := h.rw.Write(p); err != nil {
 		return fmt.Errorf("nbd: negotiate: %w", err)
 	}
+	return nil
+}
+
+// startTLS changes over to TLS. The options are read to the byte, so nothing that came in plain text is taken for what comes after it; and
+// what was agreed on before is forgotten, though nothing could be.
+func (h *haggler) startTLS(data []byte) error {
+	switch {
+	case len(data) > 0, h.isSecure:
+		return h.reply(optStartTLS, repErrInvalid, nil)
+	case h.secure == nil:
+		return h.reply(optStartTLS, repErrPolicy, nil)
+	}
+	if err := h.reply(optStartTLS, repAck, nil); err != nil {
+		return err
+	}
+	rw, err := h.secure()
+	if err != nil {
+		return err
+	}
+	h.rw, h.isSecure = rw, true
+	h.structured, h.contexts, h.contextsOf = false, nil, ""
 	return nil
 }
 

@@ -25,7 +25,7 @@ func TestOptions(t *testing.T) {
 	const ack, invalid = repAck, repErrInvalid
 	blockSize := "\x00\x03\x00\x00\x00\x01\x00\x00\x10\x00\x02\x00\x00\x00"
 	info := func(flags string) optReply { return optReply{repInfo, infoExportData(flags)} }
-	const simple, structured = "\x01\x6d", "\x01\xed"
+	const simple, structured = "\x0d\x6d", "\x0d\xed"
 	allocation := optReply{repMetaContext, "\x00\x00\x00\x00base:allocation"}
 	for _, tc := range []struct {
 		name       string
@@ -102,7 +102,7 @@ func TestExportName(t *testing.T) {
 			}
 			c.hello(flags)
 			c.send(optionBytes(optExportName, []byte(name)))
-			want := infoExportData("\x01\x6d")[2:]
+			want := infoExportData("\x0d\x6d")[2:]
 			if !noZeroes {
 				want += string(make([]byte, 124))
 			}
@@ -123,7 +123,7 @@ func TestExportName(t *testing.T) {
 func TestReadOnlyFlags(t *testing.T) {
 	_, c := serve(t, Export{Name: "ro", Device: newMemDevice(4096), ReadOnly: true}, socketPair)
 	c.join(true)
-	if want := uint16(flagHasFlags | flagReadOnly | flagFlush | flagFUA | flagDF | flagMultiConn); c.flags != want {
+	if want := uint16(flagHasFlags | flagReadOnly | flagFlush | flagFUA | flagDF | flagMultiConn | flagCache); c.flags != want {
 		t.Fatalf("flags %#x, want %#x", c.flags, want)
 	}
 }

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -26,6 +27,9 @@ type Config struct {
 	Exports Exports
 	// MaxConns bounds the connections at one time; one more is closed at once. Zero means 1024.
 	MaxConns int
+	// TLS, if not nil, is required of every client (STARTTLS), and says which certificate is ours and whether and how clients'
+	// are verified; before it nothing is told and nothing served. Nil: no TLS.
+	TLS *tls.Config
 	// NegotiationTimeout is how long a client may take to choose an export. Zero means 15 s.
 	NegotiationTimeout time.Duration
 	// Report, if not nil, is told of each connection that ended otherwise than by the client's leave. It may be called concurrently.
@@ -130,7 +134,7 @@ func (s *Server) ServeConn(nc net.Conn) error {
 	if a := nc.RemoteAddr(); a != nil {
 		remote = a.String()
 	}
-	ss, err := s.addSession(&netLink{nc}, remote)
+	ss, err := s.addSession(&netLink{nc: nc}, remote)
 	if err != nil {
 		return errors.Join(err, nc.Close())
 	}
@@ -200,6 +204,7 @@ type ConnInfo struct {
 	Since      time.Time
 	Export     string // canonical name; empty during the negotiation
 	Structured bool   // structured replies were negotiated
+	TLS        bool   // the connection is encrypted
 }
 
 // Conns describes the connections that are open, in no order.
@@ -338,6 +343,16 @@ type session struct {
 // serve negotiates, changes over to the link that transmission uses, and transmits.
 func (ss *session) serve(s *Server, nc net.Conn) error {
 	h := &haggler{rw: nc, exports: present{s}, draining: s.isClosed, commit: ss.commit}
+	var tc *tls.Conn
+	if s.cfg.TLS != nil {
+		h.secure = func() (io.ReadWriter, error) {
+			tc = tls.Server(nc, s.cfg.TLS)
+			if err := tc.Handshake(); err != nil {
+				return nil, fmt.Errorf("nbd: %w handshake: %w", ErrTLS, err)
+			}
+			return tc, nil
+		}
+	}
 	export, st, err := h.negotiate()
 	if err != nil {
 		if errors.Is(err, io.EOF) {
@@ -348,9 +363,11 @@ func (ss *session) serve(s *Server, nc net.Conn) error {
 	if err := nc.SetDeadline(time.Time{}); err != nil {
 		return fmt.Errorf("nbd: clear deadline: %w", err)
 	}
-	l, err := newLink(nc, s.idle)
-	if err != nil {
-		return err
+	var l link = &netLink{tls: tc, nc: nc}
+	if tc == nil {
+		if l, err = newLink(nc, s.idle); err != nil {
+			return err
+		}
 	}
 	s.countersOf(export.Name).accepted.Add(1)
 	ss.enter(l, st)
@@ -383,6 +400,9 @@ func (ss *session) enter(l link, st state) {
 	defer ss.mu.Unlock()
 	ss.link, ss.chosen, ss.entered = l, true, true
 	ss.info.Export, ss.info.Structured = st.Export, st.Structured
+	if n, ok := l.(*netLink); ok {
+		ss.info.TLS = n.tls != nil
+	}
 	if ss.leaving {
 		ss.leave()
 	}

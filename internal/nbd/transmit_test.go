@@ -107,10 +107,12 @@ func TestRefusals(t *testing.T) {
 			{request{cmd: cmdRead, flags: cmdFlagNoHole, n: 1}, EINVAL},
 			{request{cmd: cmdRead, flags: 1 << 9, n: 1}, EINVAL},
 			{request{cmd: cmdWrite, flags: cmdFlagDF, n: 100}, EINVAL},
-			{request{cmd: cmdWriteZeroes, flags: 1 << 4, n: 1}, EINVAL}, // FAST_ZERO is not offered
+			{request{cmd: cmdWriteZeroes, flags: cmdFlagFast, n: 1}, ENOTSUP}, // not an Export with FastZero
 			{request{cmd: cmdTrim, flags: cmdFlagNoHole, n: 1}, EINVAL},
 			{request{cmd: cmdBlockStatus, flags: cmdFlagDF, n: 1}, EINVAL},
-			{request{cmd: 5, n: 1}, EINVAL}, // CACHE is not offered
+			{request{cmd: cmdCache, off: far, n: 1}, EINVAL},
+			{request{cmd: cmdCache, flags: cmdFlagReqOne, n: 1}, EINVAL},
+			{request{cmd: cmdTrim, flags: cmdFlagFast, n: 1}, EINVAL},
 			{request{cmd: 8, n: 1}, EINVAL}, // RESIZE is not offered
 			{request{cmd: 0xFFFF, off: 77, n: 1}, EINVAL},
 		} {
@@ -598,4 +600,47 @@ func TestHalfClose(t *testing.T) {
 	if err := <-s.result; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestFastZero: what is asked for fast or not at all is done where it is cheap, and makes holes.
+func TestFastZero(t *testing.T) {
+	fast := func() Export { e := diskExport(); e.FastZero = true; return e }
+	eachWay(t, fast, func(t *testing.T, s *testServer, c *testClient) {
+		if c.flags&flagFastZero == 0 {
+			t.Error("fast zeroes are not offered")
+		}
+		c.write(0, bytes.Repeat([]byte{1}, 8192))
+		c.want(request{cmd: cmdWriteZeroes, flags: cmdFlagFast, n: 4096}, nil, OK)
+		c.want(request{cmd: cmdWriteZeroes, flags: cmdFlagFast | cmdFlagNoHole, off: 4096, n: 4096}, nil, ENOTSUP)
+		c.wantData(0, append(make([]byte, 4096), bytes.Repeat([]byte{1}, 4096)...))
+		if st := s.Stats()["disk"]; st.ZeroedBytes != 4096 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// TestCache: the device is read up to a bound, and nothing comes back but a success or the device's error.
+func TestCache(t *testing.T) {
+	dev := newMemDevice(128 << 20)
+	var read atomic.Int64
+	dev.hook = func(c call) error {
+		if c.off >= 64<<20 {
+			return block.ErrCorrupt
+		}
+		read.Add(c.n)
+		return nil
+	}
+	_, c := serve(t, Export{Device: dev, ReadOnly: true}, socketPair)
+	c.join(true)
+	if c.flags&flagCache == 0 {
+		t.Error("caching is not offered")
+	}
+	for n, want := range map[uint32]int64{0: 0, 1: 1, 100_000: 100_000, 64 << 20: cacheBytes} {
+		read.Store(0)
+		c.want(request{cmd: cmdCache, n: n}, nil, OK)
+		if read.Load() != want {
+			t.Errorf("%d bytes were read for a cache of %d", read.Load(), n)
+		}
+	}
+	c.want(request{cmd: cmdCache, off: 64 << 20, n: 1}, nil, EIO)
 }

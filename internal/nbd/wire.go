@@ -31,6 +31,8 @@ const (
 	flagWriteZeroes = 1 << 6
 	flagDF          = 1 << 7
 	flagMultiConn   = 1 << 8
+	flagCache       = 1 << 10
+	flagFastZero    = 1 << 11
 )
 
 // Options of the negotiation.
@@ -76,6 +78,7 @@ const (
 	cmdDisc        = 2
 	cmdFlush       = 3
 	cmdTrim        = 4
+	cmdCache       = 5
 	cmdWriteZeroes = 6
 	cmdBlockStatus = 7
 )
@@ -86,6 +89,7 @@ const (
 	cmdFlagNoHole = 1 << 1
 	cmdFlagDF     = 1 << 2
 	cmdFlagReqOne = 1 << 3
+	cmdFlagFast   = 1 << 4
 )
 
 // Structured replies.

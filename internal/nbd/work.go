@@ -35,11 +35,12 @@ func (c *conn) check(req request) Errno {
 		writes = true
 	case cmdWriteZeroes:
 		writes = true
-		flags |= cmdFlagNoHole
+		flags |= cmdFlagNoHole | cmdFlagFast
 	case cmdFlush:
 		if req.off != 0 || req.n != 0 {
 			return EINVAL
 		}
+	case cmdCache:
 	case cmdBlockStatus:
 		flags |= cmdFlagReqOne
 		if len(c.contexts) == 0 || req.n == 0 {
@@ -55,6 +56,8 @@ func (c *conn) check(req request) Errno {
 		return EPERM
 	case block.CheckRange(req.off, int64(req.n), c.dev.Size()) != nil:
 		return rangeErrno(req.cmd)
+	case req.flags&cmdFlagFast != 0 && (!c.fastZero || req.flags&cmdFlagNoHole != 0):
+		return ENOTSUP // zeroes that take space are written, which is what the client would rather do itself
 	case req.cmd == cmdWrite && req.n > maxPayloadBytes:
 		return EINVAL
 	case req.cmd == cmdRead && req.n > maxPayloadBytes && c.state.Structured:
@@ -68,10 +71,10 @@ func (c *conn) check(req request) Errno {
 // mayBlock tells of requests that never run in the reading goroutine: they wait for a medium, or take long.
 func mayBlock(req request) bool {
 	switch req.cmd {
-	case cmdFlush:
+	case cmdFlush, cmdCache:
 		return true
 	case cmdTrim, cmdWriteZeroes:
-		return req.flags != 0 || req.n > inlineZeroBytes // FUA, or NO_HOLE: real writes
+		return req.flags&^cmdFlagFast != 0 || req.n > inlineZeroBytes // FUA, or NO_HOLE: real writes
 	case cmdWrite:
 		return req.flags&cmdFlagFUA != 0
 	}
