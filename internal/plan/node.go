@@ -141,6 +141,9 @@ func (p *planner) wake(t time.Time) {
 
 // failure is the last failure of an action, if it followed from the same record.
 func (p *planner) failure(a Action) (Failure, bool) {
+	if len(p.in.Failures) == 0 { // mostly; a name is not made for nothing
+		return Failure{}, false
+	}
 	f, ok := p.in.Failures[FailureID(a)]
 	return f, ok && f.Rev == a.Because()
 }
