@@ -69,6 +69,7 @@ type conn struct {
 	paces   [kinds]pace
 	jobs    chan job
 	started int // workers
+	alone   int // requests in a row that found nothing else to do; negative after a client overlapped with a flush
 	rest    rest
 
 	bud       budget

@@ -38,6 +38,9 @@ type link interface {
 	close()
 }
 
+// peeker is a link that knows whether there is something to read.
+type peeker interface{ pending() bool }
+
 // newLink makes the best link for nc, and takes it over: a socket is driven by blocking system calls, which saves a round through the
 // poller for every read; everything else goes through net.Conn.
 func newLink(nc net.Conn, idle time.Duration) (link, error) {
@@ -190,6 +193,13 @@ func (s *socket) park() error {
 		return fmt.Errorf("nbd: park: %w", err)
 	}
 	return nil
+}
+
+// pending tells whether a byte has arrived that was not read.
+func (s *socket) pending() bool {
+	var one [1]byte
+	n, _, err := unix.Recvfrom(s.fd, one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	return err == nil && n > 0
 }
 
 func (s *socket) setParked(f *os.File) {

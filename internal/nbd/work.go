@@ -11,6 +11,10 @@ const (
 	maxWorkers = 32
 	// inlineZeroBytes is the largest zeroing that the reading goroutine does itself.
 	inlineZeroBytes = 64 << 10
+	// aloneRun is how many requests have to come one at a time before a flush is carried out by the reading goroutine, and aloneBackoff how
+	// many more after one that held up others.
+	aloneRun     = 64
+	aloneBackoff = 1024
 	// errorRoom holds any reply without data: a structured error with its text.
 	errorRoom = 512
 )
@@ -101,10 +105,17 @@ func (c *conn) replyRoom(req request) int {
 
 // pooled decides whether the workers get req.
 func (c *conn) pooled(req request) bool {
-	if mayBlock(req) || c.mayWait != nil && c.mayWait() {
+	more := c.w-c.r >= requestBytes || c.executing.Load() > 0
+	if more {
+		c.alone = min(c.alone, 0)
+	}
+	c.alone++
+	if c.mayWait != nil && c.mayWait() {
 		return true
 	}
-	more := c.w-c.r >= requestBytes || c.executing.Load() > 0
+	if mayBlock(req) {
+		return !c.syncsInline(req)
+	}
 	return c.paces[kindOf(req.cmd)].pool(more)
 }
 
@@ -132,8 +143,29 @@ func (c *conn) handleOwned(req request, b *buffer) {
 	c.release(b)
 }
 
+// syncsInline tells whether the reading goroutine carries out req, a flush or a write with FUA, itself: the client has been sending one request
+// at a time for a while, so that nothing is behind it, and a hand-over would only cost time.
+func (c *conn) syncsInline(req request) bool {
+	_, canPeek := c.link.(peeker)
+	return canPeek && c.alone > aloneRun && (req.cmd == cmdFlush || req.cmd == cmdWrite)
+}
+
+// sync carries out req in the reading goroutine. A client that sent more before it had the answer is not what it seemed: its flushes go to the
+// workers for a long while.
+func (c *conn) sync(req request, payload []byte) {
+	c.flush()
+	c.execute(req, payload, c.gather(errorRoom))
+	if p, ok := c.link.(peeker); ok && p.pending() {
+		c.alone = -aloneBackoff
+	}
+}
+
 // inline carries out req in the reading goroutine; the reply waits with others for flush, unless it is large.
 func (c *conn) inline(req request, payload []byte) {
+	if mayBlock(req) {
+		c.sync(req, payload)
+		return
+	}
 	pace := &c.paces[kindOf(req.cmd)]
 	if pace.mode != paceFast {
 		c.flush() // this one may take its time: what is answered must not wait for it

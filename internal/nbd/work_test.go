@@ -718,3 +718,56 @@ func TestNoAllocation(t *testing.T) {
 		})
 	}
 }
+
+// TestSerialFlush: a client that sends one request at a time has its flushes carried out where they are read; once it overlaps with one, the workers
+// get them for long.
+func TestSerialFlush(t *testing.T) {
+	dev := newMemDevice(1 << 20)
+	entered, release := make(chan struct{}), make(chan struct{})
+	var stuck atomic.Bool
+	dev.hook = func(c call) error {
+		if c.op == "flush" && stuck.Load() {
+			entered <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	s, c := serve(t, Export{Name: "disk", Device: dev}, socketPair)
+	c.join(true)
+	for range aloneRun + 2 {
+		c.want(request{cmd: cmdFlush}, nil, OK)
+	}
+	reqs := map[uint64]request{}
+	start := func(r request) uint64 {
+		r.cookie = c.start(r, nil)
+		reqs[r.cookie] = r
+		return r.cookie
+	}
+	stuck.Store(true)
+	flush := start(request{cmd: cmdFlush})
+	<-entered
+	read := start(request{cmd: cmdRead, n: 1}) // is held up, this once
+	release <- struct{}{}
+	if got := c.await(reqs); got.cookie != flush {
+		t.Fatal("the read was answered before the flush: a worker had the flush")
+	}
+	if got := c.await(reqs); got.cookie != read {
+		t.Fatal("no reply to the read")
+	}
+	for range aloneRun + 2 { // not yet
+		flush = start(request{cmd: cmdFlush})
+		<-entered
+		read = start(request{cmd: cmdRead, n: 1})
+		if got := c.await(reqs); got.cookie != read {
+			t.Fatal("a flush holds up a client that overlaps")
+		}
+		release <- struct{}{}
+		if got := c.await(reqs); got.cookie != flush {
+			t.Fatal("no reply to the flush")
+		}
+	}
+	stuck.Store(false)
+	if st := s.Stats()["disk"]; st.Errors != 0 {
+		t.Errorf("%+v", st)
+	}
+}
