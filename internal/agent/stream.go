@@ -47,6 +47,8 @@ var (
 const (
 	// idleTimeout bounds how long an import may take nothing of an upload.
 	idleTimeout = 30 * time.Second
+	// lingerTimeout is how long the end of an upload waits to hear that it was refused.
+	lingerTimeout = 5 * time.Second
 	// openTimeout bounds how long a download waits for a volume to be opened, or for its first byte to be asked for.
 	openTimeout = time.Minute
 	// uploadPiece is how much of an upload is moved at once.
@@ -244,8 +246,8 @@ func (a *Agent) feed(ctx context.Context, sock *stream, sizeBytes int64, r io.Re
 	if err := a.pump(conn, sizeBytes, r); err != nil {
 		return err
 	}
-	// It closes its end when it has read everything. If it is slow to close, all is in its hands nevertheless.
-	if err := conn.SetReadDeadline(time.Now().Add(idleTimeout)); err != nil {
+	// It closes its end when it has read everything and is content. If it is slow to close, all is in its hands nevertheless, and what it finds its record says.
+	if err := conn.SetReadDeadline(time.Now().Add(lingerTimeout)); err != nil {
 		return err
 	}
 	var b [1]byte

@@ -350,9 +350,11 @@ func (p *planner) uploadCopy(c copyHere, to func(string) catalog.ImageOnDisk) ca
 		return c.state
 	case begun && up.Failed != "":
 		return p.failedCopy(c, Final, up.Failed)
+	case begun && known && !up.Taken: // under way: whoever brings the bytes says how it ends
+		return c.state
 	case begun && c.jobbed && c.job.State == JobFailed && known:
 		return p.failedCopy(c, Final, c.job.Error)
-	case begun && known && !up.Taken, begun && c.jobbed && c.job.State == JobDone: // under way; or it is seen on the disk next
+	case begun && c.jobbed && c.job.State == JobDone: // it is seen on the disk next
 		return c.state
 	case begun:
 		return p.failedCopy(c, Final, "the upload was interrupted")

@@ -248,6 +248,7 @@ func TestImagesFromElsewhere(t *testing.T) {
 		{"upload, new", upload, catalog.ImageOnDisk{}, nil, nil, "", "pending 0 waiting for the upload"},
 		{"upload begun", upload, is(catalog.ImageStarting, 0), up(plan.Upload{}), nil, "", ""},
 		{"upload moving", upload, is(catalog.ImageStarting, 0), up(plan.Upload{}), job(plan.JobRunning), "", "in-progress 0 "},
+		{"upload broke off, its client not heard yet", upload, is(catalog.ImageInProgress, 0), up(plan.Upload{}), job(plan.JobFailed), "", ""},
 		{"upload broke off", upload, is(catalog.ImageInProgress, 0), up(plan.Upload{Failed: "the client went away"}), job(plan.JobFailed), "", "failed 1 the client went away (not tried again"},
 		{"upload refused", upload, is(catalog.ImageInProgress, 0), up(plan.Upload{Taken: true}), job(plan.JobFailed), "", "failed 1 because (not tried again"},
 		{"upload taken, then the data process ended", upload, is(catalog.ImageInProgress, 0), up(plan.Upload{Taken: true}), nil, "", "failed 1 the upload was interrupted"},
