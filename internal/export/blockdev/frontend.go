@@ -58,6 +58,8 @@ type Config struct {
 	Report func(volume string, err error)
 	// Threads is how many goroutines a volume may have that answer requests that are not slow. Default: one for each processor, at most 4.
 	Threads int
+
+	withoutResend bool // tests: as on an older kernel
 }
 
 func (c Config) check() (Config, error) {
@@ -197,7 +199,7 @@ func (f *Frontend) Add(ctx context.Context, volume string, dev block.Device, o O
 	if err := Supported(); err != nil {
 		return "", fmt.Errorf("add %s: %w", volume, err)
 	}
-	cfg := fuse.Config{Device: dev, ReadOnly: o.ReadOnly, Buffers: f.buffers, Workers: f.cfg.Threads,
+	cfg := fuse.Config{Device: dev, ReadOnly: o.ReadOnly, Buffers: f.buffers, Workers: f.cfg.Threads, WithoutResend: f.cfg.withoutResend,
 		Report: func(err error) { f.cfg.Report(volume, err) }}
 	s, err := f.adopt(ctx, volume, cfg)
 	if err != nil {

@@ -117,23 +117,26 @@ func configure(dev string, cfg *unix.LoopConfig) error {
 }
 
 // detach takes dev off path, without any I/O: nobody needs to serve. EBUSY if it, or a partition of it, is mounted or otherwise open; then all is as
-// it was. Programs that look at every block device that changes (udev's) may have it open for a moment, and are waited for.
+// it was.
 func detach(ctx context.Context, dev, path string) error {
 	// O_EXCL without O_CREAT: nobody may mount it from here on, and nobody has it mounted (open(2)).
 	f, err := openLoop(dev, unix.O_EXCL)
 	if err != nil {
 		return err
 	}
+	if err := unopened(ctx, dev); err != nil {
+		return errors.Join(err, f.Close())
+	}
 	// Nothing has to be written out: the kernel does that when the last user closes the device.
 	err = unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0)
 	if err := errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("detach %s: %w", dev, err)
 	}
-	// The kernel detaches when the last user closes it. A plain open is no exclusive one, and shows only now.
+	// The kernel detaches when the last user closes it. One that was not seen shows now.
 	if waitUnbound(ctx, dev, path) {
 		return nil
 	}
-	if err := stayAttached(dev); err != nil {
+	if err := stayAttached(dev, path); err != nil {
 		return err
 	}
 	if !bound(dev, path) {
@@ -143,8 +146,8 @@ func detach(ctx context.Context, dev, path string) error {
 }
 
 const (
-	lookEvery = 10 * time.Millisecond
-	lookFor   = 2 * time.Second
+	lookEvery = 20 * time.Millisecond
+	lookFor   = time.Second
 )
 
 // waitUnbound waits until dev is no longer on path; false if it still is after lookFor or when ctx ends.
@@ -176,22 +179,17 @@ func bound(dev, path string) bool {
 	return false
 }
 
-// stayAttached takes back that dev goes when its last user closes it.
-func stayAttached(dev string) error {
+// stayAttached takes back that dev goes when its last user closes it. It says the status that attach gave, rather than to ask for it, which would ask the server.
+func stayAttached(dev, path string) error {
 	f, err := openLoop(dev, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close() //nolint:errcheck // nothing was written
-	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
-	if errors.Is(err, unix.ENXIO) {
-		return nil // gone after all
-	}
-	if err != nil {
-		return fmt.Errorf("status of %s: %w", dev, err)
-	}
-	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
-	if err := unix.IoctlLoopSetStatus64(int(f.Fd()), info); err != nil {
+	info := unix.LoopInfo64{Flags: unix.LO_FLAGS_PARTSCAN}
+	copy(info.File_name[:len(info.File_name)-1], path)
+	err = unix.IoctlLoopSetStatus64(int(f.Fd()), &info)
+	if err != nil && !errors.Is(err, unix.ENXIO) { // gone after all
 		return fmt.Errorf("keep %s attached: %w", dev, err)
 	}
 	return nil

@@ -77,7 +77,7 @@ func (f *Frontend) detachLoops(ctx context.Context, volume string) error {
 	for _, dev := range devs {
 		_, err := f.tool(ctx, verbDetach, dev, path)
 		if errors.Is(err, unix.EBUSY) {
-			return fmt.Errorf("%s (%s) is open or mounted; close or unmount it first: %w", f.Path(volume), dev, ErrBusy)
+			return fmt.Errorf("%s is open or mounted; close or unmount it first: %w: %w", f.Path(volume), ErrBusy, err)
 		}
 		if err != nil {
 			return err

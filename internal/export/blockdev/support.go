@@ -79,7 +79,7 @@ func (f *Frontend) probeResends() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	s, err := fuse.Negotiate(f.life, file, fuse.Config{Device: dev, ReadOnly: true, Buffers: f.buffers})
+	s, err := fuse.Negotiate(f.life, file, fuse.Config{Device: dev, ReadOnly: true, Buffers: f.buffers, WithoutResend: f.cfg.withoutResend})
 	if err != nil {
 		return false, errors.Join(err, unmount(path))
 	}

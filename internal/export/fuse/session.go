@@ -34,6 +34,8 @@ type Config struct {
 	Background int
 	// Workers is how many goroutines may answer requests that are not slow; default one for each processor, at most 4.
 	Workers int
+	// WithoutResend does as on a kernel that cannot send requests again, for tests.
+	WithoutResend bool
 	// Report, if not nil, is told once per failure of the Device, and of a session that ends by itself; concurrently.
 	Report func(error)
 }
@@ -131,6 +133,10 @@ func Adopt(f *os.File, cfg Config) (*Session, error) {
 	if fds[0].Revents&unix.POLLERR != 0 {
 		return nil, errors.Join(fmt.Errorf("fuse: adopt: %w", ErrClosed), s.file.Close())
 	}
+	if cfg.WithoutResend {
+		s.start()
+		return s, nil
+	}
 	var b [outHeaderBytes]byte
 	putOutHeader(b[:], 0, notifyResend, 0)
 	switch _, err := unix.Write(s.fd, b[:]); {
@@ -209,7 +215,7 @@ func (s *Session) init() error {
 		return errors.Join(fmt.Errorf("it speaks %d.%d, needed is %d.%d: %w", req.Major, req.Minor, protocolMajor, minMinor, ErrVersion),
 			s.reply(b, req, unix.EPROTO, nil))
 	}
-	s.resends = req.Flags&initHasResend != 0
+	s.resends = req.Flags&initHasResend != 0 && !s.cfg.WithoutResend
 	const want = initAsyncRead | initBigWrites | initAsyncDIO | initMaxPages | initExt | initHasResend
 	n = putInit(b.data, req.Minor, req.Flags&want, s.cfg.Background)
 	return s.reply(b, req, 0, b.data[:n])
