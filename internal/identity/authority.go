@@ -260,5 +260,5 @@ func (a *Authority) fresh(c *tls.Certificate, names []string) bool {
 	slices.Sort(have)
 	slices.Sort(want)
 	life := c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
-	return slices.Equal(have, slices.Compact(want)) && a.now().Add(life/3).Before(c.Leaf.NotAfter)
+	return slices.Equal(slices.Compact(have), slices.Compact(want)) && a.now().Add(life/3).Before(c.Leaf.NotAfter)
 }

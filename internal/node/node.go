@@ -80,7 +80,8 @@ func (c *Config) check() error {
 		return fmt.Errorf("%w: a node needs a name", ErrConfig)
 	}
 	if c.Listen != "" {
-		if err := api.CheckListen(c.Listen, api.Plain); err != nil {
+		// Beyond loopback it is TLS, with the cluster's own authority if nothing else was said.
+		if err := api.CheckListen(c.Listen, api.OverTLS); err != nil {
 			return fmt.Errorf("%w: --listen %s: %w", ErrConfig, c.Listen, err)
 		}
 	}
