@@ -329,7 +329,8 @@ func (p *planner) volumeCopy(c copyHere, to func(string) catalog.ImageOnDisk) ca
 		return p.failedCopy(c, Transient, "volume "+name+" is faulted: "+v.Error)
 	}
 	next := to(c.state.State)
-	if c.state.State == catalog.ImagePending {
+	open := p.found.volumes[c.reading.VolumeID]
+	if c.state.State == catalog.ImagePending && (open == nil || open.State != FoundOpen) { // else it begins, and two writes would be in each other's way
 		next.Message = "waiting for volume " + name + " to be open"
 	}
 	if c.single {
