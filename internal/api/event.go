@@ -49,6 +49,19 @@ func (h *Handler) event(c *call, e seenEvent) Event {
 	}
 }
 
+// eventGet gets one. Events are forgotten after a day.
+func (h *Handler) eventGet(c *call) (any, error) {
+	e, err := h.cfg.Catalog.Get(c.r.Context(), catalog.EventKey(c.id))
+	if err != nil {
+		return nil, h.gone(c, err)
+	}
+	item, err := catalog.Decode[catalog.EventRecord](e)
+	if err != nil {
+		return nil, err
+	}
+	return h.event(c, seenEvent{rev: e.Rev, record: item.Value}), nil
+}
+
 // The content types of streams.
 const (
 	mediaSSE    = "text/event-stream"

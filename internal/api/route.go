@@ -70,7 +70,7 @@ func (h *Handler) routes() map[string]*noun {
 			actions: h.nodeActions(), kinds: []catalog.Kind{catalog.KindNode, catalog.KindVolume, catalog.KindImage}},
 		{schema: "setting", plural: "settings", one: Setting{}, list: h.settingList, get: h.settingGet, update: h.settingUpdate, updateIn: settingInput{},
 			kinds: []catalog.Kind{catalog.KindSetting}},
-		{schema: "event", plural: "events", one: Event{}, list: h.eventList, query: eventQuery(), kinds: []catalog.Kind{catalog.KindEvent}, hidden: true},
+		{schema: "event", plural: "events", one: Event{}, list: h.eventList, get: h.eventGet, query: eventQuery(), kinds: []catalog.Kind{catalog.KindEvent}, hidden: true},
 		{schema: "operation", plural: "operations", one: Operation{}, list: h.operationList, kinds: []catalog.Kind{catalog.KindOperation}, hidden: true, ways: h.operationWays()},
 		{schema: "token", plural: "tokens", one: Token{}, list: h.tokenList, create: h.tokenCreate, createIn: tokenInput{}, get: h.tokenGet, remove: h.tokenDelete,
 			kinds: []catalog.Kind{catalog.KindToken}, hidden: true},

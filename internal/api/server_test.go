@@ -321,10 +321,18 @@ func TestEventsAsLines(t *testing.T) {
 	if l.Reason != "New" {
 		t.Errorf("%+v", l)
 	}
-	// Without asking for a stream it is the collection.
-	if _, data := s.ask(200, s.request("GET", "/v1/events", nil)); !bytes.Contains(data, []byte(`"collection"`)) {
-		t.Errorf("%s", data)
+	// Without asking for a stream it is the collection, and each of it is where it says.
+	_, data := s.ask(200, s.request("GET", "/v1/events", nil))
+	var all Collection[Event]
+	if err := json.Unmarshal(data, &all); err != nil || len(all.Data) != 2 {
+		t.Fatalf("%s: %v", data, err)
 	}
+	_, data = s.ask(200, s.request("GET", strings.TrimPrefix(all.Data[1].Links["self"], s.base), nil))
+	var one Event
+	if err := json.Unmarshal(data, &one); err != nil || one.Revision != all.Data[1].Revision || one.Reason != all.Data[1].Reason {
+		t.Errorf("%s: %v", data, err)
+	}
+	s.ask(404, s.request("GET", "/v1/events/nothing", nil))
 }
 
 // dial opens a websocket.
