@@ -77,7 +77,7 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 	}
 	defer func() { err = errors.Join(err, b.node.Stop(context.WithoutCancel(ctx))) }()
 	sections := []section{{"idle", b.idle}, {"create", b.create}, {"cache", b.cache}, {"direct", b.direct}, {"flush", b.flush},
-		{"snapshot", b.snapshot}, {"depth", b.depth}, {"memory", b.memory}}
+		{"snapshot", b.snapshot}, {"depth", b.depth}, {"memory", b.memory}, {"image", b.images}}
 	for _, s := range sections {
 		if !pick.MatchString(s.name) {
 			continue

@@ -148,10 +148,9 @@ func (e *exporter) toFile(ctx context.Context) (n int64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if n, err = e.fill(ctx, f); err == nil {
-		err = f.Sync()
-	}
-	err = errors.Join(err, f.Close())
+	ahead := newAheadFile(f)
+	n, err = e.fill(ctx, ahead)
+	err = errors.Join(ahead.finish(err), f.Close())
 	if err == nil {
 		err = renameNew(e.To+partialSuffix, e.To)
 	}
