@@ -46,8 +46,8 @@ const (
 	tib = 1 << 40
 )
 
-// program is the binary under test.
-var program string
+// program is the binary under test; builds made by tests are in buildDir.
+var program, buildDir string
 
 // TestMain takes the program from ASHLAR_BIN, or builds it.
 func TestMain(m *testing.M) {
@@ -55,15 +55,15 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "a"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	defer os.RemoveAll(buildDir)
 	program = os.Getenv("ASHLAR_BIN")
 	if program == "" {
-		dir, err := os.MkdirTemp("", "a")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 2
-		}
-		defer os.RemoveAll(dir)
-		program = filepath.Join(dir, "ashlar")
+		program = filepath.Join(buildDir, "ashlar")
 		cmd := exec.Command("go", "build", "-o", program, "ashlar/cmd/ashlar")
 		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 		if err := cmd.Run(); err != nil {
@@ -109,9 +109,12 @@ func scratch(t *testing.T) string {
 func newBed(t *testing.T) *bed { return startIn(t, scratch(t)) }
 
 // startIn starts a node in a directory; when the test ends it is shut down and must leave no process behind.
-func startIn(t *testing.T, dir string) *bed {
+func startIn(t *testing.T, dir string) *bed { return startBin(t, dir, program) }
+
+// startBin is startIn with a program.
+func startBin(t *testing.T, dir, bin string) *bed {
 	t.Helper()
-	p, err := testbed.StartProcess(context.Background(), program, dir)
+	p, err := testbed.StartProcess(context.Background(), bin, dir)
 	if err != nil {
 		t.Fatalf("start: %v\n%s", err, tail(filepath.Join(dir, "serve.log"), 4000))
 	}
