@@ -29,6 +29,8 @@ type dumped struct {
 	Units          map[string]int64 `json:"units,omitempty"` // by state, as the map on disk and the log say together
 	Map            []dumpedRun      `json:"map,omitempty"`
 	Problems       []string         `json:"problems,omitempty"`
+
+	foreign error // why it is no layer file at all
 }
 
 type dumpedSegment struct {
@@ -58,7 +60,7 @@ type dumpedRun struct {
 }
 
 // Dump prints what a layer file holds. It changes nothing, takes no lock, and goes on past damage, which it prints. The error is for what kept it from
-// reading or printing.
+// reading or printing, and block.ErrCorrupt or ErrVersion for a file that is no layer file of a known version, once that little is printed.
 func Dump(w io.Writer, fsys disk.FS, name string, o DumpOptions) error {
 	f, err := fsys.OpenRead(name)
 	if err != nil {
@@ -75,6 +77,9 @@ func Dump(w io.Writer, fsys disk.FS, name string, o DumpOptions) error {
 		err = enc.Encode(d)
 	} else if err == nil {
 		err = d.print(w)
+	}
+	if err == nil {
+		err = d.foreign
 	}
 	if err != nil {
 		return fmt.Errorf("layer: dump %s: %w", name, err)
@@ -98,7 +103,8 @@ func (d *dumped) file(f disk.File, o DumpOptions) error {
 		d.problem(err)
 	}
 	if sb.Data.N == 0 {
-		return nil // not even a superblock
+		d.foreign = err // not even a superblock
+		return nil
 	}
 	d.Superblock = &sb
 	if m.ID == "" {

@@ -558,5 +558,72 @@ func TestDump(t *testing.T) {
 	}
 	_, err = f.WriteAt([]byte{0xff}, 20)
 	must(t, errors.Join(err, f.Close()))
-	must(t, Dump(&text, mem, "l0", DumpOptions{}))
+	text.Reset()
+	wantErr(t, Dump(&text, mem, "l0", DumpOptions{}), block.ErrCorrupt)
+	if !strings.Contains(text.String(), "PROBLEM") {
+		t.Errorf("dump of a file without a superblock:\n%s", text.String())
+	}
+}
+
+// TestPace: background work asks before it moves bytes, about all that it moves, and ends when it is told to.
+func TestPace(t *testing.T) {
+	mem := disk.NewMem(disk.MemOptions{})
+	asked, refuse := int64(0), false
+	stop := errors.New("stop")
+	o := Options{BootID: testBoot, Pace: func(_ context.Context, n int64) error {
+		if refuse {
+			return stop
+		}
+		asked += n
+		return nil
+	}}
+	want := func(what string, units int64) {
+		t.Helper()
+		if asked != units*unitBytes {
+			t.Errorf("%s asked for %d bytes, want %d units", what, asked, units)
+		}
+		asked = 0
+	}
+	var layers []*Layer
+	var s *Stack
+	for i := range 3 {
+		l, err := Create(mem, fmt.Sprintf("l%d", i), testMeta(), 64*unitBytes, o)
+		must(t, err)
+		if s == nil {
+			s, err = NewStack([]*Layer{l}, StackOptions{})
+		} else {
+			err = s.PushHead(l)
+		}
+		must(t, err)
+		put(t, s, int64(i)*8, 16, uint64(i+1))
+		layers = append([]*Layer{l}, layers...)
+		if i < 2 {
+			must(t, s.Seal(func(m *Meta) { m.Snapshot = &Snapshot{Name: "s", Removed: true} }))
+			want("writing", 0)
+			refuse = true
+			wantErr(t, l.Settle(context.Background()), stop)
+			refuse = false
+			must(t, l.Settle(context.Background()))
+			want("settling", 16)
+		}
+	}
+	refuse = true
+	_, err := Merge(context.Background(), mem, "m", MergeSpec{Layers: layers[1:], Meta: testMeta(), Options: o})
+	wantErr(t, err, stop)
+	_, err = s.Prune(context.Background(), layers[1], nil)
+	wantErr(t, err, stop)
+	refuse = false
+	m, err := Merge(context.Background(), mem, "m", MergeSpec{Layers: layers[1:], Meta: testMeta(), Options: o})
+	must(t, err)
+	want("merging", 2*24) // read and written
+	freed, err := s.Prune(context.Background(), layers[1], nil)
+	must(t, err)
+	want("pruning", freed/unitBytes)
+	if freed != 8*unitBytes {
+		t.Errorf("pruning freed %d bytes, want 8 units", freed)
+	}
+	must(t, errors.Join(m.Close(), s.Close()))
+	for _, l := range layers {
+		must(t, l.Close())
+	}
 }

@@ -176,7 +176,19 @@ func (g *writeLog) write(b []byte) error {
 	return nil
 }
 
-// full says how full U is: 0 below half of limit, 1 from there, 2 when writers must wait before they add units more.
+// pressing tells whether writers will soon have to wait: for room in U, three quarters full, or for the half of the log that is not free, with the other nearly full.
+func (g *writeLog) pressing(limit int) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	n, records := 0, 0
+	for i := range g.intervals {
+		n += g.intervals[i].units
+		records += g.intervals[i].records
+	}
+	return max(n, records) > limit/4*3 || !g.otherFree && g.pos.tail+g.promised > g.limit/4*3
+}
+
+// full says how full U is: 0 below an eighth of limit, 1 from there (it is covered in the background), 2 when writers must wait before they add units more.
 func (g *writeLog) full(limit, units int) int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -188,7 +200,7 @@ func (g *writeLog) full(limit, units int) int {
 	switch n = max(n, records); {
 	case n > limit:
 		return 2
-	case n > limit/2:
+	case n > limit/8:
 		return 1
 	}
 	return 0

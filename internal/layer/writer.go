@@ -14,7 +14,7 @@ import (
 
 // writer is what a stack with a head has to write with: it owns the head's log and everything that is done in the background for it.
 //
-// Locks, in the order they are taken: ckptMu, flushMu, the stripes of pages (Stack.stripe), gate, writeLog.mu.
+// Locks, in the order they are taken: ckptMu, backMu, flushMu, the stripes of pages (Stack.stripe), gate, writeLog.mu.
 type writer struct {
 	s     *Stack
 	l     *Layer
@@ -32,6 +32,7 @@ type writer struct {
 	next    *flight    // the flush that has not begun; who wants one joins it
 	flushMu sync.Mutex // held by the flush that runs; the others wait for it here
 
+	backMu  sync.Mutex  // one writeBack at a time
 	ckptMu  sync.Mutex  // one checkpoint or seal at a time
 	stopped atomic.Bool // sealed or closed; set with all stripes held
 	due     atomic.Bool // a checkpoint is due
@@ -102,9 +103,28 @@ func (w *writer) work() {
 			return
 		}
 	}
-	if w.log.full(w.l.limits.uncovered, 0) > 0 && w.flush() == nil {
+	if w.log.full(w.l.limits.uncovered, 0) > 0 && w.writeBack() == nil && w.flush() == nil {
 		w.flush() //nolint:errcheck // as above
 	}
+}
+
+// writeBack takes what is dirty to the medium without beginning a flush, again and again until that is quick. From the beginning of a flush to the end of the next one whoever rewrites one of
+// its units has to wait (needFlush), and an fdatasync of a second's writes takes a second; so what nobody waits for comes before what somebody may wait for. Guests that write faster than
+// the medium takes it end this before it is quick: U or the log are nearly full then, and they would wait for those.
+func (w *writer) writeBack() error {
+	const rounds, quick = 32, 4 * time.Millisecond
+	w.backMu.Lock() // two at a time would only slow each other
+	defer w.backMu.Unlock()
+	for range rounds {
+		start := time.Now()
+		if err := w.l.f.Sync(); err != nil {
+			return w.broke("write back", err)
+		}
+		if time.Since(start) < quick || w.log.pressing(w.l.limits.uncovered) || w.usable() != nil {
+			break
+		}
+	}
+	return nil
 }
 
 // close ends the background, and waits for it a while.
@@ -241,6 +261,9 @@ func (w *writer) checkpoint() error {
 	if free || w.stopped.Load() {
 		return nil
 	}
+	if err := w.writeBack(); err != nil {
+		return err
+	}
 	// The first flush makes everything of the old half durable, the second one's mark covers it.
 	for range 2 {
 		if err := w.flush(); err != nil {
@@ -309,6 +332,9 @@ func (w *writer) flushAhead() error {
 		return w.broke("start log segment", err)
 	}
 	if err := w.checkpoint(); err != nil {
+		return err
+	}
+	if err := w.writeBack(); err != nil {
 		return err
 	}
 	return w.flush()

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"time"
 
 	"ashlar/internal/block"
 	"ashlar/internal/disk"
@@ -110,18 +109,9 @@ func (c *Conn) prepare(ctx context.Context, w replica.Writer, ch replica.Change,
 	return nil
 }
 
-// flushAhead leaves as little as possible to the flush of the instant: each round only has what was written during the one before. If guests write as fast as the disk
-// takes it, that would never become less; so they are slowed down for the last rounds.
+// flushAhead leaves as little as possible to the flush of the instant.
 func (r *Replica) flushAhead(ctx context.Context) error {
-	const rounds, short = 6, 2 * time.Millisecond
-	defer r.brake.Store(false)
 	err := r.stack.FlushAhead(ctx)
-	for i, took := 0, 2*short; err == nil && ctx.Err() == nil && i < rounds && took > short; i++ {
-		r.brake.Store(i > 0)
-		start := time.Now()
-		err = r.stack.Flush()
-		took = time.Since(start)
-	}
 	if errors.Is(err, block.ErrFailed) {
 		return r.fail(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"sync/atomic"
-	"time"
 
 	"ashlar/internal/block"
 	"ashlar/internal/layer"
@@ -89,20 +88,11 @@ func (u *units) WriteAt(p []byte, off int64) (int, error) {
 	if err := whole(off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	if u.c.r.brake.Load() {
-		defer slow(time.Now())
-	}
 	n, err := u.stack.WriteAt(p, off)
 	if err != nil {
 		return n, u.judge(err)
 	}
 	return n, nil
-}
-
-// slow makes what began at start take four times as long, within reason: a write while a snapshot is about to be made.
-func slow(start time.Time) {
-	const most = time.Millisecond
-	<-time.After(min(3*time.Since(start), most))
 }
 
 // Zero implements block.Device.

@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -58,8 +57,6 @@ type Replica struct {
 	cancel context.CancelFunc
 	bg     sync.WaitGroup
 	wake   chan struct{} // capacity 1: there may be something to settle
-
-	brake atomic.Bool // writes are slowed down: a snapshot is about to be made
 
 	mu       sync.Mutex // guards what follows. Not held while I/O of guests is waited for
 	st       state

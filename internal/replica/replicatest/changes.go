@@ -333,6 +333,44 @@ func checkMerge(g *rig) {
 	g.wantFill(g.r, 4, 5, 2)
 }
 
+// checkMergeRun makes one layer of four.
+func checkMergeRun(g *rig) {
+	g.fill(9, 0, 16)
+	bottom := g.snapshot("bottom")
+	var run []replica.LayerID // uppermost first
+	for i := range 4 {
+		g.fill(byte(i+1), int64(i), 6)
+		g.must(g.r.Zero(int64(i+10)*block.UnitBytes, block.UnitBytes), "zero")
+		run = append([]replica.LayerID{g.snapshot(strconv.Itoa(i + 1))}, run...)
+	}
+	g.fill(7, 15, 1)
+	for _, id := range run[1:] {
+		g.remove(id)
+	}
+	c := g.badMerge(run[3], run[0])
+	g.want(g.r.Change(g.ctx, g.w, c), replica.ErrChain, "merge that leaves out what is between")
+	c.Merge.Between = []replica.LayerID{run[2], run[1]}
+	g.want(g.r.Change(g.ctx, g.w, c), replica.ErrChain, "merge in the wrong order")
+	into := g.merge(run[3], run[0], run[1], run[2])
+	for range 2 {
+		g.wantChain()
+		if n := len(g.status().Layers); n != 3 || g.layer(into).Parent != bottom || g.layer(into).Snapshot.Name != "4" {
+			g.Fatalf("after the merge there are %+v", g.status().Layers)
+		}
+		g.must(g.r.Count(g.ctx), "count")
+		g.wantData(into, 9)
+		for i := range int64(4) {
+			g.wantSnapshot(into, byte(i+1), i, 1)
+			g.wantSnapshot(into, 0, i+10, 1)
+		}
+		g.wantSnapshot(into, 4, 4, 5)
+		g.wantSnapshot(into, 9, 9, 1)
+		g.wantFill(g.r, 9, 14, 1)
+		g.wantFill(g.r, 7, 15, 1)
+		g.restart()
+	}
+}
+
 // checkMergeBeside merges layers that the head does not stand on, and ones with several children.
 func checkMergeBeside(g *rig) {
 	g.fill(1, 0, 4)
@@ -486,7 +524,16 @@ func (m *model) randomMerge() {
 			continue
 		}
 		upper := c[0].ID
-		into := m.merge(l.ID, upper)
+		var between []replica.LayerID
+		for m.rand.IntN(3) > 0 { // further up, as far as that goes
+			c := children[upper]
+			if !m.marks[upper] || len(c) != 1 || c[0].Head {
+				break
+			}
+			between = append([]replica.LayerID{upper}, between...)
+			upper = c[0].ID
+		}
+		into := m.merge(l.ID, upper, between...)
 		m.snaps[into], m.marks[into] = m.snaps[upper], m.marks[upper]
 		m.forget()
 		return

@@ -55,7 +55,7 @@ func Run(t *testing.T, c Config) {
 		{"FenceDurable", checkFenceDurable}, {"SameWriterElsewhere", checkSameWriterElsewhere}, {"Keep", checkKeep}, {"KeepDurable", checkKeepDurable},
 		{"Snapshot", checkSnapshot}, {"SnapshotTwice", checkSnapshotTwice}, {"Unprepared", checkUnprepared}, {"GivenUp", checkGivenUp}, {"ChainMismatch", checkChainMismatch},
 		{"Expand", checkExpand}, {"Revert", checkRevert}, {"SetSnapshot", checkSetSnapshot}, {"PurgeLeaf", checkPurgeLeaf}, {"Prune", checkPrune}, {"PruneBranch", checkPruneBranch},
-		{"PurgePinned", checkPurgePinned}, {"Merge", checkMerge}, {"MergeBeside", checkMergeBeside}, {"Discard", checkDiscard}, {"OldWriter", checkOldWriter}, {"Model", checkModel},
+		{"PurgePinned", checkPurgePinned}, {"Merge", checkMerge}, {"MergeRun", checkMergeRun}, {"MergeBeside", checkMergeBeside}, {"Discard", checkDiscard}, {"OldWriter", checkOldWriter}, {"Model", checkModel},
 	} {
 		t.Run(k.name, func(t *testing.T) { k.run(newRig(t, c)) })
 	}
@@ -192,13 +192,13 @@ func (g *rig) revert(to replica.LayerID) replica.Change {
 	return c
 }
 
-// merge makes one layer of two.
-func (g *rig) merge(lower, upper replica.LayerID) replica.LayerID {
+// merge makes one layer of two or, with those between them, uppermost first, of more.
+func (g *rig) merge(lower, upper replica.LayerID, between ...replica.LayerID) replica.LayerID {
 	g.Helper()
-	m := replica.Merge{Lower: lower, Upper: upper, Into: g.newID()}
+	m := replica.Merge{Lower: lower, Upper: upper, Between: between, Into: g.newID()}
 	layers := slices.Clone(g.chain.Layers)
 	if i := slices.Index(layers, upper); i >= 0 {
-		layers = slices.Replace(layers, i, i+2, m.Into)
+		layers = slices.Replace(layers, i, i+len(m.Layers()), m.Into)
 	}
 	g.change(replica.Change{Verb: replica.VerbMerge, Chain: g.next(layers...), Merge: &m})
 	return m.Into
