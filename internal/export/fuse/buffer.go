@@ -7,40 +7,33 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bigBytes: a buffer that was used beyond this is given back to the kernel when its session is idle.
-const bigBytes = 128 << 10
-
 // buffer takes one message: its first headBytes at the end of a page, and what follows, a write's payload, from the next page on, so
-// that it is aligned for direct I/O. It is memory of its own, outside the collector's, so that it can be given back.
+// that it is aligned for direct I/O.
+//
+// Its pages are there from the beginning, and locked where this process may: a process that is killed while the kernel copies a request to a page that is
+// not there yet does not get the page any more, and then the kernel fails the request with EIO instead of keeping it for the next process
+// (fuse_dev_do_read and, in its depth, fatal_signal_pending in __get_user_pages).
 type buffer struct {
 	mem  []byte
 	head []byte // headBytes
 	data []byte // MaxWriteBytes, aligned to a page
-	used int    // bytes of data that were touched since the last trim
 	in   [2][]byte
 	out  [2][]byte
 }
 
 func newBuffer() (*buffer, error) {
-	mem, err := unix.Mmap(-1, 0, pageBytes+MaxWriteBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := unix.Mmap(-1, 0, pageBytes+MaxWriteBytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, fmt.Errorf("fuse: get a buffer: %w", err)
 	}
+	unix.Mlock(mem) //nolint:errcheck // needs a capability or a limit; without, pages go only when memory is short
 	b := &buffer{mem: mem, head: mem[pageBytes-headBytes : pageBytes : pageBytes], data: mem[pageBytes:]}
 	b.in = [2][]byte{b.head, b.data}
 	return b, nil
 }
 
-// trim gives the pages of a big buffer back to the kernel. Nobody may be using it.
-func (b *buffer) trim() {
-	if b.used > bigBytes {
-		unix.Madvise(b.data, unix.MADV_DONTNEED) //nolint:errcheck // a hint
-		b.used = 0
-	}
-}
-
-// Buffers lends the memory that sessions read requests into and replies from: MaxWriteBytes and a page each. Sessions share one. A session that serves
-// has one for each request under way, of which the kernel bounds the number, and one to wait with. All methods may be called concurrently.
+// Buffers lends the memory that sessions read requests into and replies from: MaxWriteBytes and a page each. Sessions share one. A session
+// has one for each request under way, of which the kernel bounds the number, and none while it waits. All methods may be called concurrently.
 type Buffers struct {
 	keep int
 
@@ -63,7 +56,11 @@ func (p *Buffers) get() (*buffer, error) {
 	return newBuffer()
 }
 
+// put takes b back; nil is nothing.
 func (p *Buffers) put(b *buffer) {
+	if b == nil {
+		return
+	}
 	p.mu.Lock()
 	if len(p.free) < p.keep {
 		p.free = append(p.free, b)

@@ -118,7 +118,6 @@ func (s *Session) doRead(b *buffer, req Request) ([]byte, error) {
 		return nil, nil // the file's end
 	}
 	p := b.data[:n]
-	b.used = max(b.used, len(p))
 	begin := time.Now()
 	if _, err := s.cfg.Device.ReadAt(p, req.Off); err != nil {
 		return nil, err

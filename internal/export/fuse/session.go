@@ -200,7 +200,10 @@ func (s *Session) init() error {
 		return err
 	}
 	defer s.cfg.Buffers.put(b)
-	n, err := s.wait(b)
+	if err := s.ready(); err != nil {
+		return err
+	}
+	n, err := s.read(b)
 	if err != nil {
 		return err
 	}
@@ -321,26 +324,23 @@ func (s *Session) Close() error {
 	return nil
 }
 
-// idleAfter is how long a worker waits before it gives the pages of a big buffer back.
-const idleAfter = time.Second
-
-// work reads requests and serves them until the session stops or there are enough other readers.
+// work reads requests and serves them until the session stops or there are enough other readers. While it waits it has no buffer.
 func (s *Session) work() {
-	b, err := s.cfg.Buffers.get()
-	if err != nil {
-		s.fail(err)
-		return
-	}
+	b := s.buffer()
 	defer func() { s.cfg.Buffers.put(b) }()
 	streak := 0
-	for {
+	for b != nil {
 		n, err := s.read(b)
 		if errors.Is(err, unix.EAGAIN) {
 			streak = 0
 			if !s.stay() {
 				return
 			}
-			n, err = s.idle(b)
+			s.cfg.Buffers.put(b)
+			err = s.ready()
+			if b = s.buffer(); err == nil {
+				continue
+			}
 		}
 		if err != nil {
 			if s.over(err) {
@@ -357,6 +357,26 @@ func (s *Session) work() {
 		}
 	}
 }
+
+// buffer waits until there is memory: a session without a reader would hold its users up for ever. It returns nil, and counts the reader out, if the session stops meanwhile.
+func (s *Session) buffer() *buffer {
+	for try := 0; ; try++ {
+		b, err := s.cfg.Buffers.get()
+		if err == nil {
+			return b
+		}
+		if try == 0 {
+			s.cfg.Report(err)
+		}
+		<-time.After(memoryRetry)
+		if !s.more() {
+			return nil
+		}
+	}
+}
+
+// memoryRetry is how long after a failure memory is asked for again.
+const memoryRetry = 100 * time.Millisecond
 
 // busyStreak is how many requests a worker reads without having to wait before another one helps.
 const busyStreak = 16
@@ -455,59 +475,22 @@ func (s *Session) over(err error) bool {
 	return true
 }
 
-// fail is for a worker that could not begin.
-func (s *Session) fail(err error) {
-	s.cfg.Report(err)
-	s.mu.Lock()
-	s.readers--
-	s.mu.Unlock()
-}
-
-// idle waits for a request, without the pages of a big buffer if that takes long.
-func (s *Session) idle(b *buffer) (int, error) {
-	if b.used <= bigBytes {
-		return s.wait(b)
-	}
-	if !s.deadline(time.Now().Add(idleAfter)) {
-		return 0, os.ErrDeadlineExceeded
-	}
-	n, err := s.wait(b)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		b.trim()
-	}
-	s.deadline(time.Time{})
-	return n, err
-}
-
-// deadline sets the wait's end, unless the session is stopping, which has set one.
-func (s *Session) deadline(t time.Time) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.stopping {
-		s.file.SetReadDeadline(t) //nolint:errcheck // as in pause
-	}
-	return !s.stopping
-}
-
 // read reads a message if there is one, else EAGAIN.
 func (s *Session) read(b *buffer) (int, error) {
-	n, err := unix.Readv(s.fd, b.in[:])
-	if n > headBytes {
-		b.used = max(b.used, n-headBytes)
-	}
-	return n, err //nolint:wrapcheck // a bare errno, for over
+	return unix.Readv(s.fd, b.in[:]) //nolint:wrapcheck // a bare errno, for over
 }
 
-// wait reads a message when there is one; a deadline ends it.
-func (s *Session) wait(b *buffer) (n int, err error) {
-	waitErr := s.conn.Read(func(uintptr) bool {
-		n, err = s.read(b)
-		return !errors.Is(err, unix.EAGAIN)
+// ready waits until there may be a message; a deadline ends it.
+func (s *Session) ready() error {
+	var err error
+	waitErr := s.conn.Read(func(fd uintptr) bool {
+		// What came before the poller was asked is not told by it.
+		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		var n int
+		n, err = unix.Poll(fds[:], 0)
+		return n != 0 || (err != nil && !errors.Is(err, unix.EINTR))
 	})
-	if waitErr != nil {
-		return 0, waitErr //nolint:wrapcheck // for over
-	}
-	return n, err
+	return errors.Join(waitErr, err)
 }
 
 // message is what n bytes that were read are made of.
