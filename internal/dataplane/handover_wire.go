@@ -77,7 +77,7 @@ type frame struct {
 
 // handoverSocket is where the process that has the run directory waits for a successor.
 func handoverSocket(runDir string) string {
-	return filepath.Join(client.DataDir(runDir), "handover.sock")
+	return filepath.Join(runDir, "handover.sock")
 }
 
 // peer is the other side of a hand-over. One goroutine reads; writes may come from several.
