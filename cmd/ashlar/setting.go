@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"time"
@@ -89,6 +90,6 @@ func (a *app) showEvent(e api.Event) error {
 	if t, err := time.Parse(time.RFC3339, e.Time); err == nil {
 		at = t.Local().Format("2006-01-02 15:04:05")
 	}
-	fmt.Fprintf(a.out, "%s  %-7s  %s %s: %s\n", at, e.EventType, e.ObjectKind, e.ObjectName, e.Message)
+	fmt.Fprintf(a.out, "%s  %-7s  %s %s: %s\n", at, e.EventType, e.ObjectKind, e.ObjectName, cmp.Or(e.Message, e.Reason))
 	return nil
 }
