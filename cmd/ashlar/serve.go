@@ -17,7 +17,7 @@ import (
 
 // serveCommands are the processes of a node; all but serve are started by others and hidden.
 func (a *app) serveCommands() []*cobra.Command {
-	return []*cobra.Command{a.serveCommand(), a.dataCommand(), a.holdCommand(), a.workCommand()}
+	return []*cobra.Command{a.serveCommand(), a.dataCommand(), a.holdCommand(), a.workCommand(), a.blockdevCommand()}
 }
 
 func (a *app) serveCommand() *cobra.Command {

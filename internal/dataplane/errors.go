@@ -10,6 +10,7 @@ import (
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/disk"
 	"ashlar/internal/export"
+	"ashlar/internal/export/blockdev"
 	"ashlar/internal/image"
 	"ashlar/internal/job"
 	"ashlar/internal/layer"
@@ -44,6 +45,11 @@ func wireErrors() []struct{ from, to error } {
 		{local.ErrVersion, client.ErrVersion},
 		{local.ErrInvalid, client.ErrInvalid},
 		{job.ErrSpec, client.ErrInvalid},
+		{blockdev.ErrBusy, client.ErrInUse},
+		{blockdev.ErrName, client.ErrInvalid},
+		{blockdev.ErrExists, client.ErrExists},
+		{blockdev.ErrUnsupported, client.ErrInvalid},
+		{blockdev.ErrClosed, client.ErrUnreachable},
 		{export.ErrName, client.ErrInvalid},
 		{export.ErrPathTooLong, client.ErrInvalid},
 		{export.ErrInUse, client.ErrInUse},

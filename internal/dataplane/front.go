@@ -15,6 +15,7 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/export"
+	"ashlar/internal/export/blockdev"
 	"ashlar/internal/nbd"
 )
 
@@ -109,17 +110,19 @@ func socketAccess(group string) (export.Access, error) {
 }
 
 // enable exports a volume's device.
-func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev *limit.Device) error {
-	if a.Frontend == "" {
-		return nil
+func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev *limit.Device) (err error) {
+	switch a.Frontend {
+	case frontendNBD:
+		_, err = p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait})
+	case frontendBlockdev:
+		_, err = p.blockdev.Add(ctx, a.Volume, dev, blockdev.Options{})
 	}
-	_, err := p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait})
 	return err
 }
 
-// disable ends a volume's export, after its clients' requests under way, and takes its socket away. Content if there is none.
+// disable ends a volume's export, after its clients' requests under way, and takes its socket away. Content if there is none. A block device was taken away before.
 func (p *Process) disable(ctx context.Context, a client.OpenVolume) error {
-	if a.Frontend == "" {
+	if a.Frontend != frontendNBD {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
@@ -144,6 +147,9 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 		if e.Open.Frontend == frontendNBD {
 			wanted[heldNBD+e.Open.Volume] = true
 		}
+		if e.Open.Frontend == frontendBlockdev {
+			wanted[heldFUSE+e.Open.Volume] = true
+		}
 	}
 	for _, n := range names {
 		if wanted[n] {
@@ -153,6 +159,8 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 			err = p.removeControl(ctx, v)
 		} else if v, ok := strings.CutPrefix(n, heldNBD); ok {
 			err = p.nbd.Remove(ctx, v)
+		} else if strings.HasPrefix(n, heldFUSE) {
+			err = p.sweepBlockdev(ctx, n)
 		} else if n == heldTCP {
 			err = p.listeners.Forget(ctx, n)
 		} // whoever put anything else there knows

@@ -213,6 +213,9 @@ func (p *Process) detachFronts(ctx context.Context, a client.OpenVolume) (out []
 			out = append(out, passedConn{front: frontendNBD, state: c.State, file: c.File})
 		}
 	}
+	if a.Frontend == frontendBlockdev { // its users wait in the kernel, and the holder has the descriptor that the next one goes on with
+		err = p.blockdev.Detach(ctx, a.Volume)
+	}
 	if err != nil {
 		p.log.Warn("clients that cannot be handed over connect again", "volume", a.Volume, "error", err)
 	}

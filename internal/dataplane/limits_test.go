@@ -122,3 +122,14 @@ func TestSocketGroup(t *testing.T) {
 		}
 	}
 }
+
+// TestDevDir: the usual node's block devices have the name people type, and no two nodes' meet.
+func TestDevDir(t *testing.T) {
+	if got := devDirOf("/run/ashlar"); got != "/dev/ashlar" {
+		t.Errorf("the usual node has %s", got)
+	}
+	a, b := devDirOf("/run/a"), devDirOf("/run/b")
+	if a == b || len(a) != len("/dev/ashlar-01234567") {
+		t.Errorf("%s and %s", a, b)
+	}
+}

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"ashlar/internal/dataplane/hold"
+	"ashlar/internal/export/blockdev"
 	"ashlar/internal/job"
 )
 
@@ -37,6 +38,8 @@ func TestMain(m *testing.M) {
 			os.Exit(exit(hold.Detach(ctx, cfg)))
 		}
 		os.Exit(exit(hold.Run(ctx, cfg)))
+	case "blockdev":
+		os.Exit(blockdev.Tool(ctx, os.Args[2:], os.Stdout))
 	case "flusher":
 		os.Exit(exit(flusherMain()))
 	case "data":

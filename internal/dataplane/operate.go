@@ -2,6 +2,7 @@ package dataplane
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"unicode"
@@ -61,6 +62,9 @@ func (p *Process) operate(ctx context.Context, s *slot, a client.Operate) error 
 	switch a.Verb {
 	case verbSnapshot:
 		if err = checkSnapshotName(a.Snapshot); err == nil {
+			err = p.settleBlockdev(ctx, args)
+		}
+		if err == nil {
 			err = s.vol.Snapshot(ctx, opID, replica.SnapshotMeta{Name: a.Snapshot, UserCreated: !a.System, Labels: a.Labels})
 		}
 	case verbRevert:
@@ -70,7 +74,7 @@ func (p *Process) operate(ctx context.Context, s *slot, a client.Operate) error 
 			return fmt.Errorf("expand volume %s: %w: %d bytes, at most %d", args.Volume, client.ErrInvalid, a.SizeBytes, int64(maxVolumeBytes))
 		}
 		if err = s.vol.Expand(ctx, opID, a.SizeBytes); err == nil {
-			err = p.recordSize(ctx, s)
+			err = errors.Join(p.recordSize(ctx, s), p.resizeBlockdev(ctx, args))
 		}
 	case verbSnapshotRemove:
 		err = s.vol.RemoveSnapshot(ctx, a.Snapshot)

@@ -17,6 +17,7 @@ import (
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/disk"
 	"ashlar/internal/export"
+	"ashlar/internal/export/blockdev"
 	"ashlar/internal/job"
 	"ashlar/internal/volume"
 )
@@ -36,6 +37,8 @@ type Config struct {
 	Job job.Config
 	// Direct goes around the page cache for guests' data (O_DIRECT).
 	Direct bool
+	// BlockTool is the program, and its first arguments, that ends in a call of blockdev.Tool; default: this one, with "blockdev".
+	BlockTool []string
 	// SocketGroup, unless empty, is a group, by name or number, that may open the volumes' NBD sockets beside root: libvirt's unprivileged QEMU, say.
 	SocketGroup string
 	// BootID is the host's; default: the kernel's.
@@ -142,6 +145,7 @@ type Process struct {
 	holder    holder
 	ledger    volume.Ledger
 	nbd       *export.NBD
+	blockdev  *blockdev.Frontend
 	listeners heldListeners
 	list      *openList
 	board     *board
@@ -189,6 +193,9 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
 		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
 	}}
+	if p.blockdev, err = newBlockdev(cfg, h); err != nil {
+		return nil, fmt.Errorf("data process: %w", err)
+	}
 	if p.sources, err = newSources(cfg); err != nil {
 		return nil, fmt.Errorf("data process: %w", err)
 	}
@@ -273,7 +280,7 @@ func (p *Process) suspendAll(ctx context.Context) error {
 	for _, s := range p.slots() {
 		s.liftLimits()
 	}
-	return errors.Join(p.stopNetwork(drain), p.nbd.Drain(drain), p.endAll(ctx, p.suspendSlot))
+	return errors.Join(p.stopNetwork(drain), p.nbd.Drain(drain), p.detachBlockdevs(drain), p.endAll(ctx, p.suspendSlot))
 }
 
 // endAll lets nothing more be opened and calls end for every volume at once.
@@ -298,6 +305,9 @@ func (p *Process) Shutdown(ctx context.Context, a client.Shutdown) error {
 	defer cancel()
 	var err error
 	if a.Holder {
+		if err := p.closeBlockdevs(ctx); err != nil {
+			return forWire(err)
+		}
 		err = p.endAll(ctx, func(ctx context.Context, s *slot) error {
 			if err := s.take(ctx); err != nil {
 				return err

@@ -33,7 +33,7 @@ const (
 	stateClosing = "closing"
 )
 
-// frontendNBD is the frontend that this build has.
+// frontendNBD offers a volume over NBD.
 const frontendNBD = "nbd"
 
 // How long clients' requests under way may take when their volume is closed, and the pauses between attempts to reopen while the catalogue is away.
@@ -93,8 +93,8 @@ func checkOpen(a client.OpenVolume) error {
 	switch {
 	case !validID(a.VolumeID), !validID(a.ReplicaID), !validID(a.DiskID), a.Node == "":
 		return fmt.Errorf("volume %.40q, replica %.40q, disk %.40q, node %.40q: %w: ids are 32 hex digits", a.VolumeID, a.ReplicaID, a.DiskID, a.Node, client.ErrInvalid)
-	case a.Frontend != "" && a.Frontend != frontendNBD:
-		return fmt.Errorf("frontend %.40q: %w: this build has %q", a.Frontend, client.ErrInvalid, frontendNBD)
+	case a.Frontend != "" && a.Frontend != frontendNBD && a.Frontend != frontendBlockdev:
+		return fmt.Errorf("frontend %.40q: %w: this build has %q and %q", a.Frontend, client.ErrInvalid, frontendNBD, frontendBlockdev)
 	}
 	if err := checkLimits(a.Limits); err != nil {
 		return err
@@ -331,11 +331,11 @@ func (p *Process) noteFailure(s *slot, why error) {
 }
 
 // failSlot leaves a volume that could not be brought up as failed, for somebody to look at. One whose flush failed keeps answering errors to its guests;
-// the socket of any other is closed, so that clients do not wait for nothing.
+// the socket of any other is closed, so that clients do not wait for nothing, and a block device answers errors.
 func (p *Process) failSlot(ctx context.Context, s *slot, e openEntry, why error) {
 	s.change(func(s *slot) { s.state, s.err, s.entry = stateFailed, why, e })
 	var err error
-	if e.Failed != "" {
+	if e.Failed != "" || e.Open.Frontend == frontendBlockdev { // whose users could not be told otherwise: they wait in the kernel
 		err = p.enable(ctx, e.Open, limit.NewDevice(failedDevice{size: e.SizeBytes}, limit.Limits{}))
 	} else {
 		err = p.disable(ctx, e.Open)
@@ -429,6 +429,9 @@ func (p *Process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 // closeSlot closes a volume for good: it leaves open.json first, because from here on nobody waits for it to come back.
 func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 	args, _, _ := s.look()
+	if err := p.giveUpBlockdev(ctx, s); err != nil {
+		return err
+	}
 	if err := p.list.remove(args.VolumeID); err != nil {
 		return fmt.Errorf("close volume %s: %w", args.Volume, err)
 	}
@@ -486,7 +489,13 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	err, dev, space := s.err, s.dev, s.space
 	s.mu.Unlock()
 	st.Space = spaceOf(space.usage.Space)
-	if stats, ok := fronts[a.Volume]; ok && a.Frontend != "" {
+	if a.Frontend == frontendBlockdev && (vol != nil || st.State == stateFailed) {
+		stats := p.blockdev.Stats()[a.Volume]
+		st.Endpoint, st.Clients = p.blockdev.Path(a.Volume), stats.Conns
+		st.Stats = client.Stats{ReadOps: stats.Reads, WriteOps: stats.Writes, FlushOps: stats.Flushes, ZeroOps: stats.Zeroes,
+			ReadBytes: stats.ReadBytes, WriteBytes: stats.WrittenBytes, Errors: stats.Errors}
+	}
+	if stats, ok := fronts[a.Volume]; ok && a.Frontend == frontendNBD {
 		st.Endpoint, st.Clients, st.Stats = p.nbd.URI(a.Volume), stats.Conns, statsOf(stats)
 		st.TCPEndpoint = p.network.endpoint(a.Volume)
 	}
