@@ -31,7 +31,11 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	}
 	switch v := action.(type) {
 	case plan.AdoptDisk:
-		_, r.err = s.AdoptDisk(ctx, client.Disk{Path: v.Path, ClusterID: v.ClusterID, DiskID: v.DiskID})
+		var d client.DiskStatus
+		d, r.err = s.AdoptDisk(ctx, client.Disk{Path: v.Path, ClusterID: v.ClusterID, DiskID: v.DiskID})
+		if r.err == nil && d.Error != "" && d.TotalBytes == 0 {
+			r.err = fmt.Errorf("disk %s: %s: %w", v.Path, d.Error, ErrDiskAway)
+		}
 	case plan.CreateReplica:
 		r.err = s.CreateReplica(ctx, client.CreateReplica{
 			DiskID: v.DiskID, ReplicaID: v.ReplicaID, VolumeID: v.VolumeID, Volume: v.Volume, HeadID: v.ReplicaID,

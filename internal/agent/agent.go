@@ -66,6 +66,8 @@ var (
 	ErrNoTombstone = errors.New("not marked deleted in its record")
 	// ErrNotHere: this node has no replica of the volume.
 	ErrNotHere = errors.New("no replica on this node")
+	// ErrDiskAway: a disk is in use, and cannot be read any more.
+	ErrDiskAway = errors.New("the disk cannot be read any more")
 	// ErrAway: the data process does not answer now.
 	ErrAway = errors.New("the data process does not answer")
 )

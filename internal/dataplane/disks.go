@@ -335,6 +335,12 @@ func (p *Process) adopt(a client.Disk) (*diskDir, error) {
 			if d.ClusterID != a.ClusterID {
 				return nil, fmt.Errorf("disk %s: %w: it belongs to cluster %s, not %s", a.Path, client.ErrForeignDisk, d.ClusterID, a.ClusterID)
 			}
+			if away := d.away(); away != nil {
+				if err := p.dropDisk(d); err != nil {
+					return nil, fmt.Errorf("%w: %w", err, away)
+				}
+				break
+			}
 			d.lookAtAll()
 			p.board.bump()
 			return d, nil
@@ -364,6 +370,39 @@ func (p *Process) adopt(a client.Disk) (*diskDir, error) {
 	p.board.bump()
 	p.log.Info("disk in use", "path", d.path, "disk", d.DiskID)
 	return d, nil
+}
+
+// away says why the disk is not where it was: its file system is gone, or returns errors. nil: it is there.
+func (d *diskDir) away() error {
+	ok, err := disk.Exists(d.fs, markerName)
+	if err == nil && !ok {
+		err = fs.ErrNotExist
+	}
+	if err != nil {
+		return fmt.Errorf("disk %s: %s cannot be read any more: %w", d.path, markerName, err)
+	}
+	return nil
+}
+
+// dropDisk gives up a disk that is away, so that what comes back in its place can be adopted. client.ErrInUse while a volume is open on it.
+func (p *Process) dropDisk(d *diskDir) error {
+	for _, s := range p.slots() {
+		s.mu.Lock()
+		open, name := s.vol != nil && s.args.DiskID == d.DiskID, s.args.Volume
+		s.mu.Unlock()
+		if open {
+			return fmt.Errorf("volume %s is open on it; detach it first: %w", name, client.ErrInUse)
+		}
+	}
+	p.mu.Lock()
+	delete(p.diskByID, d.DiskID)
+	p.mu.Unlock()
+	p.board.bump()
+	p.log.Warn("disk is away", "path", d.path, "disk", d.DiskID)
+	if err := d.close(); err != nil {
+		p.log.Warn("disk is away", "error", err)
+	}
+	return nil
 }
 
 // disks returns the disks in use, by path.

@@ -139,6 +139,9 @@ func (d *diskDir) status(open []client.VolumeStatus) client.DiskStatus {
 	if st.TotalBytes, st.FreeBytes, err = d.fs.Usage(); err != nil {
 		errs = append(errs, err)
 	}
+	if err := d.away(); err != nil {
+		errs, st.TotalBytes, st.FreeBytes = append(errs, err), 0, 0
+	}
 	live := map[string]client.VolumeStatus{}
 	for _, v := range open {
 		live[v.ReplicaID] = v

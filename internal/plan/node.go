@@ -157,7 +157,7 @@ func (p *planner) disks() {
 	}
 	for _, name := range sorted(n.Value.Disks) {
 		path := n.Value.Disks[name].Path
-		if _, ok := p.in.Found.diskAt(path); !ok {
+		if d, ok := p.in.Found.diskAt(path); !ok || !d.usable() { // one that is away is asked for until it is back
 			p.begin(AdoptDisk{follows{n.Rev}, path, p.in.View.Cluster.Value.ID, node.Observed.Value.Disks[name].DiskID})
 		}
 	}

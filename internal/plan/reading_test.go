@@ -98,7 +98,15 @@ func TestReadingVolumes(t *testing.T) {
 			s = at(s)
 			s.in.Found.Disks[0].TotalBytes, s.in.Found.Disks[0].Error = 0, "input/output error"
 			return s
-		}, "", catalog.VolumeAttached + " " + catalog.RobustnessFaulted, "input/output error", ""},
+		}, "adopt-disk", catalog.VolumeAttached + " " + catalog.RobustnessFaulted, "input/output error", ""},
+		{"disk that is not adopted", func(s *scene) *scene {
+			s.want(ticket).epoch(1)
+			n := s.v.Nodes["n1"].Observed.Value
+			n.Disks = map[string]catalog.DiskObserved{"d": {DiskID: "n1-d"}}
+			s.put(catalog.NodeKey(catalog.Observed, "n1"), n)
+			s.in.Found.Disks = nil
+			return s.failed(plan.OnNode(s.in).Actions[0], plan.Failure{Message: "nothing is mounted there"})
+		}, "", catalog.VolumeAttaching + " " + catalog.RobustnessUnknown, "nothing is mounted there", ""},
 
 		{"export of a detached volume", func(s *scene) *scene { return offline(s).export(catalog.OperationPending, "") }, "open-volume()", detached, "", ""},
 		{"export of a detached volume, opened", func(s *scene) *scene { return offline(s).open(open, "", "").export(catalog.OperationPending, "") }, "start-export", detached, "", ""},

@@ -137,7 +137,7 @@ func (p *planner) volumeError(h *here) string {
 	case h.lost():
 		return "replica " + h.place.ReplicaID + " is not on disk " + h.place.DiskID + " any more"
 	case !h.diskOK:
-		return h.diskAway()
+		return p.diskAway(h)
 	}
 	for _, a := range []Action{h.createAction(), h.openAction()} {
 		if f, ok := p.failure(a); ok && (h.ticketed() || !h.there) {
@@ -147,14 +147,22 @@ func (p *planner) volumeError(h *here) string {
 	return ""
 }
 
-func (h *here) diskAway() string {
-	return strings.TrimSuffix("disk "+h.place.DiskID+" cannot be used: "+h.disk.Error, ": ")
+// diskAway says that a volume's disk cannot be used, and why, as far as anybody knows.
+func (p *planner) diskAway(h *here) string {
+	why := h.disk.Error
+	node := p.in.View.Nodes[p.in.Node]
+	for name, d := range node.Observed.Value.Disks {
+		if why == "" && d.DiskID == h.place.DiskID {
+			why = p.in.Failures[FailureID(AdoptDisk{Path: node.Wanted.Value.Disks[name].Path})].Message
+		}
+	}
+	return strings.TrimSuffix("disk "+h.place.DiskID+" cannot be used: "+why, ": ")
 }
 
 // openError says what is wrong with a volume that is open.
 func (p *planner) openError(h *here) string {
 	if !h.diskOK {
-		return h.diskAway()
+		return p.diskAway(h)
 	}
 	if why := p.notClosed(h); why != "" {
 		return why
