@@ -75,6 +75,7 @@ func wireErrors() []struct{ from, to error } {
 		{block.ErrAlign, client.ErrInvalid},
 		{block.ErrClosed, client.ErrConflict},
 		{fs.ErrNotExist, client.ErrNotFound},
+		{fs.ErrExist, client.ErrExists},
 		{fs.ErrPermission, client.ErrInvalid},
 		{context.Canceled, client.ErrCancelled},
 		{context.DeadlineExceeded, client.ErrCancelled},

@@ -32,12 +32,13 @@ const progressEvery = 500 * time.Millisecond
 // maxJobs bounds how many ended imports are remembered; the oldest are forgotten first.
 const maxJobs = 256
 
-// importJob is an import under way or ended. Fields but run are guarded by Process.mu.
+// importJob is an import or an export under way or ended. The last two fields are guarded by Process.mu.
 type importJob struct {
-	args  client.ImportImage
-	run   *job.Job
-	ended time.Time // zero while it runs
-	err   error
+	args   client.ImportImage
+	export *client.ExportImage // nil: an import
+	run    *job.Job
+	ended  time.Time // zero while it runs
+	err    error
 }
 
 // ImportImage implements client.Service.
@@ -79,7 +80,7 @@ func (p *Process) importImage(a client.ImportImage) (client.Job, error) {
 	tmp := path.Join(tmpDir, a.ImageID+"-"+newID()[:8]+".layer")
 	run, err := job.Start(p.life, p.cfg.Job, job.Spec{Kind: job.KindImport, Import: &job.Import{
 		Source: a.Source, Checksum: a.Checksum, Root: d.path, Name: tmp,
-		LayerID: a.ImageID, ImageID: a.ImageID, ImageName: a.Name, BootID: strings.ReplaceAll(p.boot, "-", ""),
+		SizeBytes: a.SizeBytes, LayerID: a.ImageID, ImageID: a.ImageID, ImageName: a.Name, BootID: strings.ReplaceAll(p.boot, "-", ""),
 	}})
 	if err != nil {
 		return client.Job{}, err
@@ -202,6 +203,9 @@ func (p *Process) describeJob(j *importJob) client.Job {
 	p.mu.Unlock()
 	pr := j.run.Progress()
 	out := client.Job{ID: j.args.ImageID, DiskID: j.args.DiskID, State: jobRunning, DoneBytes: pr.DoneBytes, TotalBytes: max(0, pr.TotalBytes), Percent: pr.Percent}
+	if j.export != nil {
+		out.ID, out.Kind = j.export.ID, kindExport
+	}
 	switch {
 	case ended && err == nil:
 		out.State, out.Percent = jobDone, 100

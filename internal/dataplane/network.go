@@ -77,9 +77,6 @@ func (p *Process) setNetwork(ctx context.Context, a client.Network) error {
 	if err != nil {
 		return err
 	}
-	if config != nil {
-		return errUnbuilt("TLS")
-	}
 	was, tcp := p.network.look()
 	if a == was && tcp != nil {
 		return nil

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"ashlar/internal/dataplane/client"
+	"ashlar/internal/nbd"
 )
 
 // authority makes certificates for tests.
@@ -304,5 +305,78 @@ func TestCertificatesChange(t *testing.T) {
 	ca.write(dir, "server", time.Now().Add(time.Hour))
 	if now := serial(); now == second || now == first {
 		t.Error("good files after bad ones are not used")
+	}
+}
+
+// TestNetworkTLS: beyond loopback only clients get in whose certificate the authority signed, in this process and the next.
+func TestNetworkTLS(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	b.open(c, b.volume(c, 1, mib))
+	dir := t.TempDir()
+	ca, stranger := newAuthority(t), newAuthority(t)
+	_, port, err := net.SplitHostPort(freeAddress(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := client.Network{Address: "0.0.0.0:" + port, ClientCA: ca.file(dir, "ca.crt")}
+	n.CertFile, n.KeyFile = ca.write(dir, "server", time.Now().Add(time.Hour))
+	if err := c.SetNetwork(t.Context(), n); err != nil {
+		t.Fatal(err)
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st, _ := status(t, c, id("volu", 1)); st.TCPEndpoint != "nbds://"+net.JoinHostPort(host, port)+"/vol1" {
+		t.Errorf("endpoint %q", st.TCPEndpoint)
+	}
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.cert)
+	config := func(signer *authority, name string) *tls.Config {
+		cfg := &tls.Config{RootCAs: roots, ServerName: "localhost"}
+		if signer != nil {
+			pair, err := tls.LoadX509KeyPair(signer.write(dir, name, time.Now().Add(time.Hour)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg.Certificates = []tls.Certificate{pair}
+		}
+		return cfg
+	}
+	use := func(cfg *tls.Config) error {
+		scheme := "nbds"
+		if cfg == nil {
+			scheme = "nbd"
+		}
+		dev, err := nbd.Dial(t.Context(), scheme+"://127.0.0.1:"+port+"/vol1", nbd.ClientOptions{TLS: cfg})
+		if err != nil {
+			return err
+		}
+		_, err = dev.WriteAt(page("over TLS"), 0)
+		return errors.Join(err, dev.Close())
+	}
+	good := config(ca, "client")
+	if err := use(good); err != nil {
+		t.Errorf("with a good certificate: %v", err)
+	}
+	for name, cfg := range map[string]*tls.Config{"plain": nil, "no certificate": config(nil, ""), "a stranger's certificate": config(stranger, "stranger")} {
+		if err := use(cfg); err == nil {
+			t.Errorf("%s got in", name)
+		}
+	}
+	b.end()
+	c = b.start()
+	eventually(t, "the next process serves it too", func() bool { return use(good) == nil })
+	if err := use(nil); err == nil {
+		t.Error("plain got into the next process")
+	}
+	// A new certificate is shown to the next client, and nobody is cut for it.
+	ca.write(dir, "server", time.Now().Add(2*time.Hour))
+	if err := use(good); err != nil {
+		t.Errorf("after a new certificate: %v", err)
+	}
+	if got, err := guest(t, b.runDir, "vol1").read(0, 4096); err != nil || !bytes.Equal(got, page("over TLS")) {
+		t.Errorf("the volume reads %.10q, %v", got, err)
 	}
 }

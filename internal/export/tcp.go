@@ -100,7 +100,7 @@ func (t *TCP) accept() {
 func (t *TCP) admit(nc net.Conn) {
 	v := &visitor{n: t.n}
 	var err error
-	v.server, err = nbd.NewServer(nbd.Config{Exports: v, MaxConns: 1})
+	v.server, err = nbd.NewServer(nbd.Config{Exports: v, MaxConns: 1, TLS: t.config})
 	t.mu.Lock()
 	switch {
 	case err != nil:
