@@ -189,6 +189,15 @@ func TestXZStreams(t *testing.T) {
 		}
 		all = append(all, out.Bytes()...)
 		all = append(all, make([]byte, 8)...)
+		if check == 0 {
+			continue
+		}
+		bad := bytes.Clone(out.Bytes()) // its last byte before the index belongs to the check
+		index := (int(binary.LittleEndian.Uint32(bad[len(bad)-8:])) + 1) * 4
+		bad[len(bad)-12-index-1] ^= 1
+		if _, err := io.ReadAll(newXZReader(bytes.NewReader(bad))); !errors.Is(err, ErrFormat) {
+			t.Errorf("check %d does not match: %v", check, err)
+		}
 	}
 	got, err := io.ReadAll(newXZReader(bytes.NewReader(all)))
 	if err != nil || !bytes.Equal(got, bytes.Repeat(content, 4)) {
