@@ -3,10 +3,15 @@
 package testbed_test
 
 import (
+	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
+	"strings"
 	"testing"
 	"time"
 )
@@ -35,6 +40,31 @@ func (b *bed) send(image, file string, size int64) (int, string) {
 		b.Fatal(err)
 	}
 	return res.StatusCode, string(text)
+}
+
+// fetch downloads a path into a file.
+func (b *bed) fetch(path, file string) {
+	b.Helper()
+	res, err := http.Get("http://" + b.p.Listen + path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer res.Body.Close()
+	var text bytes.Buffer
+	if res.StatusCode != http.StatusOK {
+		_, _ = io.Copy(&text, res.Body)
+		b.Fatalf("GET %s: %d %s", path, res.StatusCode, text.String())
+	}
+	f, err := os.Create(file)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := io.Copy(f, res.Body); err != nil {
+		b.Error(err)
+	}
+	if err := f.Close(); err != nil {
+		b.Fatal(err)
+	}
 }
 
 // awaitImage waits until an image is in a state.
@@ -115,4 +145,80 @@ func TestWaysIn(t *testing.T) {
 	b.onlySnapshots("v", "s1")
 
 	b.clean("v", "w", "x")
+}
+
+// export has the node write a file, over its own socket because that names a path, and waits for the operation's end.
+func (b *bed) export(volume, body string) (state, reason string) {
+	b.Helper()
+	local := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", b.p.RunDir+"/api.sock")
+	}}}
+	defer local.CloseIdleConnections()
+	var op struct{ ID, State, Reason, Message string }
+	read := func(res *http.Response, err error) bool {
+		b.Helper()
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer res.Body.Close()
+		if err := json.NewDecoder(res.Body).Decode(&op); err != nil || res.StatusCode >= 300 {
+			b.Fatalf("export of %s: %d %+v %v", volume, res.StatusCode, op, err)
+		}
+		return op.State == "done" || op.State == "failed"
+	}
+	read(local.Post("http://node/v1/volumes/"+volume+"?action=exportFile", "application/json", strings.NewReader(body)))
+	b.until(time.Minute, "export of "+volume, func() bool { return read(local.Get("http://node/v1/operations/" + op.ID)) })
+	return op.State, op.Reason
+}
+
+// TestWaysOut takes content out of volumes, snapshots and images by every way of one node, from attached and detached volumes, and compares it each time; of the ways
+// nothing is left.
+func TestWaysOut(t *testing.T) {
+	b := newBed(t)
+	golden := b.raw("golden.raw", 32*mib, 7)
+	b.cli("image", "import", "up", golden)
+	b.cli("volume", "create", "v", "--image", "up")
+	b.attach("v")
+	b.cli("snapshot", "create", "v", "s1")
+	b.qemuIO("v", "write -P 9 1M 1M", "flush")
+	// Downloads of a snapshot, the present and an image.
+	b.fetch("/v1/volumes/v/download?snapshot=s1", b.path("s1.raw"))
+	b.tool("cmp", golden, b.path("s1.raw"))
+	b.fetch("/v1/volumes/v/download?format=qcow2", b.path("v.qcow2"))
+	b.tool("qemu-img", "check", b.path("v.qcow2"))
+	b.tool("qemu-img", "convert", "-O", "raw", b.path("v.qcow2"), b.path("v.raw"))
+	b.same("v", b.path("v.raw"))
+	b.fetch("/v1/backingimages/up/download?format=raw", b.path("up.raw"))
+	b.tool("cmp", golden, b.path("up.raw"))
+	b.until(10*time.Second, "temporary snapshots removed", func() bool {
+		for name, s := range b.snapshots("v") {
+			if name != "s1" && !s.MarkRemoved {
+				return false
+			}
+		}
+		return true
+	})
+
+	for _, from := range []string{"attached", "detached"} {
+		raw, qcow2 := b.path(from+".raw"), b.path(from+".qcow2")
+		if state, reason := b.export("v", fmt.Sprintf(`{"path":%q,"format":"raw","snapshot":"s1"}`, raw)); state != "done" {
+			t.Errorf("export of a snapshot, %s: %s %s", from, state, reason)
+		}
+		b.tool("cmp", golden, raw)
+		if state, reason := b.export("v", fmt.Sprintf(`{"path":%q,"format":"qcow2","compress":"zstd"}`, qcow2)); state != "done" {
+			t.Errorf("export of the present, %s: %s %s", from, state, reason)
+		}
+		b.tool("qemu-img", "check", qcow2)
+		b.tool("qemu-img", "compare", qcow2, b.path("v.raw"))
+		if state, reason := b.export("v", fmt.Sprintf(`{"path":%q,"format":"raw"}`, raw)); state != "failed" || reason != "exists" {
+			t.Errorf("export onto a file that is there: %s %s", state, reason)
+		}
+		if from == "attached" {
+			b.cli("volume", "detach", "v")
+		}
+	}
+	b.until(10*time.Second, "volume v detached", func() bool { return b.volume("v").State == "detached" })
+	b.attach("v")
+	b.onlySnapshots("v", "s1")
+	b.clean("v")
 }
