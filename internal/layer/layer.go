@@ -50,6 +50,7 @@ type limits struct {
 	chunkUnits   int   // units that one lock, one pwrite and one set of records cover
 	mapBytes     int64 // memory of a stack's map above which clean parts are dropped
 	maxSlots     int   // layers a stack numbers before it starts over
+	writeBacks   int   // how often dirty data is taken to the medium before a flush begins
 	inline       bool  // no background goroutine: who finds work to be done does it
 }
 
@@ -62,6 +63,12 @@ func (m limits) withDefaults() limits {
 	}
 	if m.chunkUnits == 0 {
 		m.chunkUnits = regionUnits
+	}
+	if m.writeBacks == 0 {
+		m.writeBacks = 32
+		if m.inline {
+			m.writeBacks = 1
+		}
 	}
 	if m.maxSlots == 0 {
 		m.maxSlots = maxSlot

@@ -112,10 +112,10 @@ func (w *writer) work() {
 // its units has to wait (needFlush), and an fdatasync of a second's writes takes a second; so what nobody waits for comes before what somebody may wait for. Guests that write faster than
 // the medium takes it end this before it is quick: U or the log are nearly full then, and they would wait for those.
 func (w *writer) writeBack() error {
-	const rounds, quick = 32, 4 * time.Millisecond
+	const quick = 4 * time.Millisecond
 	w.backMu.Lock() // two at a time would only slow each other
 	defer w.backMu.Unlock()
-	for range rounds {
+	for range w.l.limits.writeBacks {
 		start := time.Now()
 		if err := w.l.f.Sync(); err != nil {
 			return w.broke("write back", err)
