@@ -147,14 +147,18 @@ func TestWaysIn(t *testing.T) {
 	b.clean("v", "w", "x")
 }
 
-// export has the node write a file, over its own socket because that names a path, and waits for the operation's end.
-func (b *bed) export(volume, body string) (state, reason string) {
+// export has the node write a file, over its own socket because that names a path, and waits for the operation's end. Each of middle
+// happens once the export has written something more.
+func (b *bed) export(volume, body string, middle ...func()) (state, reason string) {
 	b.Helper()
 	local := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", b.p.RunDir+"/api.sock")
 	}}}
 	defer local.CloseIdleConnections()
-	var op struct{ ID, State, Reason, Message string }
+	var op struct {
+		ID, State, Reason, Message string
+		Progress                   int
+	}
 	read := func(res *http.Response, err error) bool {
 		b.Helper()
 		if err != nil {
@@ -167,7 +171,20 @@ func (b *bed) export(volume, body string) (state, reason string) {
 		return op.State == "done" || op.State == "failed"
 	}
 	read(local.Post("http://node/v1/volumes/"+volume+"?action=exportFile", "application/json", strings.NewReader(body)))
-	b.until(time.Minute, "export of "+volume, func() bool { return read(local.Get("http://node/v1/operations/" + op.ID)) })
+	seen := 0
+	b.until(time.Minute, "export of "+volume, func() bool {
+		over := read(local.Get("http://node/v1/operations/" + op.ID))
+		if len(middle) > 0 && op.Progress > seen && !over {
+			seen = op.Progress
+			middle[0]()
+			middle = middle[1:]
+		}
+		return over
+	})
+	if len(middle) > 0 {
+		b.Errorf("the export of %s was over before anything happened in its middle", volume)
+	}
+	b.Logf("export of %s: %+v", volume, op)
 	return op.State, op.Reason
 }
 
@@ -220,5 +237,36 @@ func TestWaysOut(t *testing.T) {
 	b.until(10*time.Second, "volume v detached", func() bool { return b.volume("v").State == "detached" })
 	b.attach("v")
 	b.onlySnapshots("v", "s1")
+	b.clean("v")
+}
+
+// TestExportInterrupted ends serve, and then the data process, in the middle of an export: it goes on, or begins anew, and the file is whole.
+func TestExportInterrupted(t *testing.T) {
+	b := newBed(t)
+	golden := b.raw("golden.raw", 64*mib, 7)
+	b.cli("image", "import", "up", golden)
+	b.cli("volume", "create", "v", "--image", "up")
+	b.attach("v")
+	if status, out := b.rest(http.MethodPut, "/v1/settings/background-bandwidth-mib", `{"value":"16"}`); status >= 300 {
+		t.Fatalf("setting: %d %v", status, out)
+	}
+	serve := func() {
+		if err := b.p.KillServe(); err != nil {
+			t.Fatal(err)
+		}
+		b.restartServe("v")
+	}
+	for name, middle := range map[string]func(){"serve": serve, "data": func() { b.kill("data") }} {
+		file := b.path(name + ".raw")
+		if state, reason := b.export("v", fmt.Sprintf(`{"path":%q,"format":"raw"}`, file), middle); state != "done" {
+			t.Errorf("%s ended in the middle of an export: %s %s", name, state, reason)
+			continue
+		}
+		b.tool("cmp", golden, file)
+		if _, err := os.Stat(file + ".partial"); err == nil {
+			t.Error("a half file is left")
+		}
+	}
+	b.onlySnapshots("v")
 	b.clean("v")
 }
