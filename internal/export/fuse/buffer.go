@@ -32,8 +32,22 @@ func newBuffer() (*buffer, error) {
 	return b, nil
 }
 
+// newSmall returns a buffer of the collector's memory that is enough for req, which is not big, and moves its payload there. Nothing is read into it, so its pages may come when
+// they are touched; replies are sent from pages that were just written.
+func newSmall(req *Request) *buffer {
+	n := int64(outHeaderBytes)
+	if req.Op == OpRead || req.Op == OpWrite {
+		n = max(n, req.N)
+	}
+	b := &buffer{head: make([]byte, headBytes), data: make([]byte, n)}
+	if req.Op == OpWrite {
+		req.Data = b.data[:copy(b.data, req.Data)]
+	}
+	return b
+}
+
 // Buffers lends the memory that sessions read requests into and replies from: MaxWriteBytes and a page each. Sessions share one. A session
-// has one for each request under way, of which the kernel bounds the number, and none while it waits. All methods may be called concurrently.
+// has one for each reader that is not waiting, and one for each big request under way, of which there are bigAtOnce at most. All methods may be called concurrently.
 type Buffers struct {
 	keep int
 

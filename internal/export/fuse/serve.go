@@ -14,11 +14,17 @@ import (
 const (
 	// slowAfter, and slowPerByte for its length, is how long a request may take before the next slowRun are taken to be slow. A hand-over between
 	// goroutines costs some microseconds; a copy, a quarter of a nanosecond a byte.
-	slowAfter   = 50 * time.Microsecond
-	bytesPerNS  = 2
-	slowRun     = 64
-	blocksAbove = 64 << 10 // reads and writes above this are worth another processor
+	slowAfter  = 50 * time.Microsecond
+	bytesPerNS = 2
+	slowRun    = 64
+	bigAbove   = 64 << 10 // reads and writes above this are worth another processor
 )
+
+// big tells whether req needs a whole buffer.
+func (r Request) big() bool { return (r.Op == OpRead || r.Op == OpWrite) && r.N > bigAbove }
+
+// small tells whether req is a read or write that is not big.
+func (r Request) small() bool { return (r.Op == OpRead || r.Op == OpWrite) && r.N <= bigAbove }
 
 // mayBlock tells whether others should not wait for req.
 func (s *Session) mayBlock(req Request) bool {
@@ -26,7 +32,7 @@ func (s *Session) mayBlock(req Request) bool {
 	case OpFsync, OpFallocate:
 		return true
 	case OpRead, OpWrite:
-		if req.N > blocksAbove {
+		if req.big() {
 			return true
 		}
 		if s.slow.Load() > 0 {

@@ -30,7 +30,7 @@ type Config struct {
 	ReadOnly bool
 	// Buffers lends memory; required.
 	Buffers *Buffers
-	// Background is how many reads and writes the kernel may have under way at once; default 64. It bounds goroutines and memory: each that the Device holds up has one of the first, and a buffer.
+	// Background is how many reads and writes the kernel may have under way at once; default 64. It bounds goroutines and, with bigAtOnce, memory.
 	Background int
 	// Workers is how many goroutines may answer requests that are not slow; default one for each processor, at most 4.
 	Workers int
@@ -71,8 +71,9 @@ type Stats struct {
 // Session serves one mount. All methods may be called concurrently.
 //
 // Few goroutines read: one, and up to Workers while requests come without a pause. A request that is slow by nature (a flush, a zeroing), or on a device that
-// was slow lately, is served by a goroutine that no longer counts as a reader, and another takes its place first: no request waits for a slow one,
-// and the kernel's bound on background requests is the bound on goroutines.
+// was slow lately when it does not come alone, is served by a goroutine that no longer counts as a reader, and another takes its place first: no request waits for a slow one,
+// and the kernel's bound on background requests is the bound on goroutines. A small one takes a buffer of its size along, a big one the reader's;
+// of these there are bigAtOnce at most, then the reader waits.
 type Session struct {
 	cfg     Config
 	file    *os.File // non-blocking, so that a deadline ends a wait
@@ -89,8 +90,10 @@ type Session struct {
 	ended    bool          // the kernel ended the session
 	drained  chan struct{} // closed when the last worker leaves a session that is stopping
 
-	slow  atomic.Int32 // how many further requests are taken to be slow
-	stats counters
+	handed atomic.Int32 // how many requests are under way without the reader
+	big    atomic.Int32 // how many big requests are under way
+	slow   atomic.Int32 // how many further requests are taken to be slow
+	stats  counters
 }
 
 type counters struct {
@@ -348,11 +351,11 @@ func (s *Session) work() {
 			}
 			continue
 		}
-		if streak++; streak == busyStreak {
-			streak = 0
+		if streak++; streak%busyStreak == 0 {
 			s.help()
 		}
-		if !s.handle(b, n) {
+		more := false
+		if b, more = s.handle(b, n, streak); !more {
 			return
 		}
 	}
@@ -381,27 +384,52 @@ const memoryRetry = 100 * time.Millisecond
 // busyStreak is how many requests a worker reads without having to wait before another one helps.
 const busyStreak = 16
 
-// handle serves the message of n bytes in b; false if this worker is not needed any more.
-func (s *Session) handle(b *buffer, n int) bool {
+// handle serves the message of n bytes in b, the streak-th without a wait, and returns the buffer to go on with; false if this worker is not needed any more.
+func (s *Session) handle(b *buffer, n, streak int) (*buffer, bool) {
 	req, err := Parse(b.message(n))
 	if err != nil {
 		s.cfg.Report(err)
 		if req.Unique != 0 && req.Reply() {
 			s.answer(b, req, unix.EIO, nil)
 		}
-		return s.more()
+		return b, s.more()
 	}
 	if req.Resent() {
 		s.stats.resent.Add(1)
 	}
-	if !s.mayBlock(req) {
+	// A small request that comes alone holds nobody up so far; whoever sends one at a time is served fastest without a hand-over.
+	alone := streak == 1 && s.handed.Load() == 0
+	if !s.mayBlock(req) || (alone && req.small()) {
 		s.serve(b, req)
-		return s.more()
+		return b, s.more()
 	}
+	if !req.big() {
+		small := newSmall(&req)
+		s.cfg.Buffers.put(b)
+		s.handed.Add(1)
+		s.handOff()
+		s.serve(small, req)
+		s.handed.Add(-1)
+		if !s.rejoin() {
+			return nil, false
+		}
+		return s.buffer(), true
+	}
+	defer s.big.Add(-1)
+	if s.big.Add(1) > bigAtOnce {
+		// The bound on memory: what comes after waits in the kernel.
+		s.serve(b, req)
+		return b, s.more()
+	}
+	s.handed.Add(1)
 	s.handOff()
 	s.serve(b, req)
-	return s.rejoin()
+	s.handed.Add(-1)
+	return b, s.rejoin()
 }
+
+// bigAtOnce is how many reads and writes of more than bigAbove bytes a session carries out at once without its reader: with one more, that is how many whole buffers it may have.
+const bigAtOnce = 16
 
 // more tells a reader whether to go on.
 func (s *Session) more() bool {

@@ -1,11 +1,13 @@
 package fuse
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -252,6 +254,60 @@ func (d *flushBlocks) Flush() error {
 	d.begun <- struct{}{}
 	<-d.wait
 	return d.Device.Flush()
+}
+
+// TestMemoryIsBounded: while the Device holds everything up, big requests have a bounded number of buffers; small ones after them are read when they go on.
+func TestMemoryIsBounded(t *testing.T) {
+	gate := block.NewGate(block.NewMem(devBytes))
+	k, s := start(t, Config{Device: gate})
+	if err := gate.Hold(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	const requests = 3 * bigAtOnce
+	var wg sync.WaitGroup
+	payload := make([]byte, bigAbove+4096)
+	wg.Go(func() { // more than a socket takes at once
+		for i := range uint64(requests) {
+			if _, err := k.c.Write(message(OpWrite, 100+2*i, append(rangeIn(0, uint32(len(payload))), payload)...)); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	for deadline := time.Now().Add(10 * time.Second); s.big.Load() <= bigAtOnce; {
+		if time.Now().After(deadline) {
+			t.Fatalf("only %d big requests are under way", s.big.Load())
+		}
+		runtime.Gosched()
+	}
+	gate.Release()
+	for range requests {
+		if _, errno, body := k.reply(); errno != 0 || len(body) != 8 {
+			t.Errorf("%v, %d bytes", errno, len(body))
+		}
+		if n := s.big.Load(); n > bigAtOnce+1 {
+			t.Errorf("%d big requests are under way", n)
+		}
+	}
+	wg.Wait()
+}
+
+// TestSmallIsMoved: on a slow device, small requests are served from memory of their own, with the right bytes.
+func TestSmallIsMoved(t *testing.T) {
+	k, s := start(t, Config{Device: block.NewMem(devBytes)})
+	for i := range uint64(100) {
+		s.slow.Store(slowRun)
+		s.handed.Store(1) // as if another were under way
+		p := bytes.Repeat([]byte{byte(i + 1)}, 512*int(i%16+1))
+		if errno, body := k.ask(message(OpWrite, 100+4*i, append(rangeIn(i*8192, uint32(len(p))), p)...)); errno != 0 || binary.LittleEndian.Uint32(body) != uint32(len(p)) {
+			t.Fatalf("write: %v, %v", errno, body)
+		}
+		if errno, body := k.ask(message(OpRead, 102+4*i, rangeIn(i*8192, uint32(len(p)))...)); errno != 0 || !bytes.Equal(body, p) {
+			t.Fatalf("read: %v, %d bytes", errno, len(body))
+		}
+	}
+	if n := s.slow.Load(); n >= slowRun {
+		t.Error("nothing was taken to be slow")
+	}
 }
 
 // TestFailures: a failure of the Device is an error to who asked, is counted and reported, and ends nothing.
