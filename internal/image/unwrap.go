@@ -50,11 +50,12 @@ type unwrapper struct {
 	close   func()
 	wireErr error // what the stream said, other than its end
 	done    int64 // content so far
+	free    int64 // of it, does not count for Limits.Expand
 }
 
 // newUnwrapper unpacks r, which is all of s from its first byte on.
 func newUnwrapper(s *stream, r io.Reader, wrapper Wrapper, limits Limits) (*unwrapper, error) {
-	u := &unwrapper{s: s, wrapper: wrapper, limits: limits, close: func() {}}
+	u := &unwrapper{s: s, wrapper: wrapper, limits: limits, close: func() {}, free: freeExpandBytes}
 	wire := wireReader{u, r}
 	var err error
 	switch wrapper {
@@ -64,7 +65,8 @@ func newUnwrapper(s *stream, r io.Reader, wrapper Wrapper, limits Limits) (*unwr
 		u.read = newXZReader(wire)
 	case Zstd:
 		var d *zstd.Decoder
-		d, err = zstd.NewReader(wire, zstd.WithDecoderMaxMemory(maxWindowBytes), zstd.WithDecoderMaxWindow(maxWindowBytes))
+		// One at a time means: in our goroutine. With more it would read the stream in another, while we look at how far that is.
+		d, err = zstd.NewReader(wire, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxWindowBytes), zstd.WithDecoderMaxWindow(maxWindowBytes))
 		if err == nil {
 			u.read, u.close = d, d.Close
 		}
@@ -93,7 +95,7 @@ func (w wireReader) Read(p []byte) (int, error) {
 func (u *unwrapper) Read(p []byte) (int, error) {
 	n, err := u.read.Read(p)
 	u.done += int64(n)
-	if over := u.done - freeExpandBytes; over > 0 && over/u.limits.Expand > max(u.s.total, u.s.done) {
+	if over := u.done - u.free; over > 0 && over/u.limits.Expand > max(u.s.total, u.s.done) {
 		return n, fmt.Errorf("%s: it unpacks to more than %d times its %d bytes: %w", u.s.name, u.limits.Expand, max(u.s.total, u.s.done), ErrTooLarge)
 	}
 	if u.done > u.limits.FileBytes {

@@ -145,10 +145,20 @@ func TestBadWrapped(t *testing.T) {
 // TestWrappedBombs: what a small file may become is limited, and so is the memory it takes to unpack.
 func TestWrappedBombs(t *testing.T) {
 	// A zstd frame with a window of 1 MiB, of blocks that each repeat a byte 128 Ki times.
-	bomb := append([]byte("\x28\xb5\x2f\xfd\x00\x50"), bytes.Repeat([]byte{128<<10<<3&0xff | 2, 128 << 10 << 3 >> 8 & 0xff, 128 << 10 << 3 >> 16, 0}, 1100<<20/(128<<10))...)
-	_, _, err := imported(t.Context(), t, Request{Source: "r", Reader: io.NopCloser(bytes.NewReader(bomb)), ReaderBytes: -1, Limits: Limits{Expand: 100}})
+	bomb := append([]byte("\x28\xb5\x2f\xfd\x00\x50"), bytes.Repeat([]byte{128<<10<<3&0xff | 2, 128 << 10 << 3 >> 8 & 0xff, 128 << 10 << 3 >> 16, 0}, 40<<20/(128<<10))...)
+	s := &stream{name: "bomb", total: int64(len(bomb)), sums: newSums(Checksum{}), max: 1 << 30, read: bytes.NewReader(bomb).Read}
+	u, err := newUnwrapper(s, s, Zstd, Limits{Expand: 100}.withDefaults())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.close()
+	if u.free != 1<<30 {
+		t.Errorf("%d bytes are free", u.free)
+	}
+	u.free = 1 << 20
+	n, err := io.Copy(io.Discard, u)
 	if !errors.Is(err, ErrTooLarge) {
-		t.Errorf("%d bytes that become 1.1 GiB: %v", len(bomb), err)
+		t.Errorf("%d bytes that became %d: %v", len(bomb), n, err)
 	}
 	file := wrap(t, XZ, rawSample())
 	if _, _, err := imported(t.Context(), t, Request{Source: "r", Reader: io.NopCloser(bytes.NewReader(file)), ReaderBytes: -1, Limits: Limits{FileBytes: 1 << 20}}); !errors.Is(err, ErrTooLarge) {
