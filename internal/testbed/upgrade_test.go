@@ -196,7 +196,7 @@ func TestUpgradeData(t *testing.T) {
 	}
 	b.attach(names...)
 	b.cli("snapshot", "create", "v0", "before")
-	f := b.startFio(b.uri("fio"), 96*mib, 2500)
+	f := b.startFio(b.uri("fio"), 96*mib, 600)
 	guests, stop := b.steadyGuests(names[1:])
 	b.until(20*time.Second, "fio runs", func() bool { return b.writes("fio") > 200 })
 	var alone, among []time.Duration
