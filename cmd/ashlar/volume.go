@@ -188,10 +188,16 @@ func (a *app) showVolume(v api.Volume) {
 func (a *app) volumeDetach() *cobra.Command {
 	var d client.Detachment
 	cmd := &cobra.Command{
-		Use: "detach NAME", Short: "Take a volume back from its guest", Long: "Detach a volume. Shut the guest down first: it loses its disk.",
+		Use: "detach NAME", Short: "Take a volume back from its guest",
+		Long: `Detach a volume. Shut the guest down first: it loses its disk. A volume whose block device is mounted or open stays attached; with --force or --no-wait it is
+detached as soon as nobody uses it.`,
 		Example: "  ashlar volume detach db1", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withNode(func(c *client.Client) error {
+				was, err := c.Volume(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
 				v, err := c.Detach(cmd.Context(), args[0], d)
 				if err != nil {
 					return err
@@ -199,6 +205,9 @@ func (a *app) volumeDetach() *cobra.Command {
 				if a.waiting() {
 					if v, err = a.waitDetached(cmd.Context(), c, args[0]); err != nil {
 						return err
+					}
+					if v.Conditions[inUse].Status == "True" {
+						return a.keepAttached(cmd.Context(), c, was, v, d)
 					}
 					if v.State == "attached" {
 						return api.Failure(api.CodeConflict, "volume %s stays attached: others asked for it too; --force takes it from them", v.Name)
@@ -212,12 +221,32 @@ func (a *app) volumeDetach() *cobra.Command {
 	return a.waits(cmd, time.Minute)
 }
 
+// inUse is the condition of a volume that cannot be detached because its block device is mounted or open.
+const inUse = "InUse"
+
+// keepAttached takes back the wish to detach a volume that is in use, so that it is as it was, and says why. A wish that was there before stands, and so does a forced one,
+// which took others' attachments too.
+func (a *app) keepAttached(ctx context.Context, c *client.Client, was, v api.Volume, d client.Detachment) error {
+	why := v.Conditions[inUse].Message
+	if d.Force || was.State != "attached" {
+		return api.Failure(api.CodeInUse, "volume %s cannot be detached yet: %s; then it is detached by itself", v.Name, why)
+	}
+	at := client.Attachment{Node: was.Controllers[0].HostID, DisableFrontend: was.DisableFrontend}
+	if _, err := c.Attach(ctx, v.Name, at); err != nil {
+		return fmt.Errorf("volume %s: %s; it is detached then, because it could not be attached again: %w", v.Name, why, err)
+	}
+	if _, err := a.waitAttached(ctx, c, v.Name, client.Attachment{DisableFrontend: true}); err != nil {
+		return err
+	}
+	return api.Failure(api.CodeInUse, "volume %s stays attached: %s", v.Name, why)
+}
+
 func (a *app) waitDetached(ctx context.Context, c *client.Client, name string) (api.Volume, error) {
 	short, cancel := a.bounded(ctx)
 	defer cancel()
 	v, err := c.WaitVolume(short, name, func(v api.Volume) (bool, error) {
 		// Others may hold it too; then it stays attached, and is said to be.
-		return v.State != "detaching", nil
+		return v.State != "detaching" || v.Conditions[inUse].Status == "True", nil
 	})
 	return v, stillGoing(err, "volume %s is still detaching%s", name, because(v))
 }

@@ -201,6 +201,7 @@ const (
 	ConditionScheduled          = "Scheduled"                // of a volume; owner: control
 	ConditionWaitForImage       = "WaitForBackingImage"      // of a volume with an image
 	ConditionImageIncompatible  = "BackingImageIncompatible" // of a volume smaller than its image
+	ConditionInUse              = "InUse"                    // of a volume that is to be detached, and whose block device is mounted or open
 	ConditionReady              = "Ready"                    // of a node, a disk
 	ConditionSchedulable        = "Schedulable"              // of a node, a disk
 	ConditionNetwork            = "Network"                  // of a node that is to offer volumes over TCP

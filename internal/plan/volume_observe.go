@@ -277,6 +277,11 @@ func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
 	if len(h.w.Replicas) >= h.w.Copies {
 		setCondition(m, catalog.ConditionScheduled, catalog.Condition{Status: catalog.ConditionTrue}, p.in.Now)
 	}
+	if f, ok := p.failure(h.closeAction()); ok && f.InUse && h.open && h.leaving() {
+		setCondition(m, catalog.ConditionInUse, catalog.Condition{Status: catalog.ConditionTrue, Message: p.notClosed(h)}, p.in.Now)
+	} else {
+		delete(m, catalog.ConditionInUse)
+	}
 	if h.w.ImageID == "" || h.w.Deleted != nil {
 		return
 	}
