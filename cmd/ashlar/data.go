@@ -15,7 +15,9 @@ func (a *app) dataCommand() *cobra.Command {
 		Use: "data", Short: "Run the data process (the holder starts it)", Hidden: true, Args: cobra.NoArgs,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { a.lenient = true; return a.configure(cmd) },
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return dataplane.Run(cmd.Context(), dataplane.Config{RunDir: a.runDir, Version: version, Direct: direct, SocketGroup: group, TakeOver: takeOver, Systemd: a.systemd()})
+			return a.profiled(cmd.Context(), "data", func() error {
+				return dataplane.Run(cmd.Context(), dataplane.Config{RunDir: a.runDir, Version: version, Direct: direct, SocketGroup: group, TakeOver: takeOver, Systemd: a.systemd()})
+			})
 		},
 	}
 	cmd.Flags().BoolVar(&direct, "direct", false, "go around the page cache for guests' data (ASHLAR_DIRECT=1)")

@@ -39,7 +39,7 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 				cfg.Etcd = strings.Split(etcd, ",")
 			}
 			cfg.Log = logger(a.err, level, format)
-			return serve(cmd.Context(), cfg)
+			return a.profiled(cmd.Context(), "serve", func() error { return serve(cmd.Context(), cfg) })
 		},
 	}
 	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "etcd": &etcd, "log-level": &level, "log-format": &format,

@@ -32,6 +32,10 @@ const progressEvery = 500 * time.Millisecond
 // maxJobs bounds how many ended imports are remembered; the oldest are forgotten first.
 const maxJobs = 256
 
+// maxWork bounds how many imports and exports have a process at one time, each with up to job.Config.MemoryBytes; the others wait, without progress. What goes over a stream does not count:
+// its client waits, and what it uploads may be what another of them downloads.
+const maxWork = 4
+
 // importJob is an import or an export under way or ended. The last two fields are guarded by Process.mu.
 type importJob struct {
 	args   client.ImportImage

@@ -70,6 +70,9 @@ func (c Config) check() (Config, error) {
 	if c.OpenFS == nil {
 		c.OpenFS = c.openReal
 	}
+	if c.Job.Turns == nil {
+		c.Job.Turns = make(chan struct{}, maxWork)
+	}
 	return c, nil
 }
 

@@ -60,6 +60,9 @@ type Config struct {
 	MemoryBytes int64
 	// Grace is how long a cancelled child may take to clean up before it is killed; default 5 s.
 	Grace time.Duration
+	// Turns, unless nil, is shared by jobs of which at most its capacity have a process at one time: each keeps an element in it meanwhile. Work on a stream takes no turn:
+	// somebody waits at its other end.
+	Turns chan struct{}
 }
 
 func (c Config) withDefaults() Config {
@@ -101,7 +104,8 @@ type Job struct {
 	err      error
 }
 
-// Start checks the spec and starts a process for it. The work ends early when ctx does. An error means that nothing runs and nothing was made.
+// Start checks the spec and starts a process for it, at once if it is its turn, else as soon as it is; until then the job has no process and no progress. The work ends
+// early when ctx does. An error means that nothing runs, nothing will, and nothing was made.
 func Start(ctx context.Context, cfg Config, spec Spec) (*Job, error) {
 	if err := spec.check(); err != nil {
 		return nil, fmt.Errorf("job: %w", err)
@@ -119,23 +123,79 @@ func Start(ctx context.Context, cfg Config, spec Spec) (*Job, error) {
 		return nil, fmt.Errorf("job: %w", err)
 	}
 	j := &Job{cfg: cfg, spec: spec, done: make(chan struct{}), stderr: new(tail), progress: Progress{TotalBytes: -1}}
-	j.cmd = exec.Command(cfg.Exe, cfg.Args...)
+	ctx, j.cancel = context.WithCancelCause(ctx)
+	if spec.onStream() {
+		j.cfg.Turns = nil
+	}
+	if !j.turn() {
+		j.work.Go(func() { j.wait(ctx, append(line, '\n')) })
+		return j, nil
+	}
+	if err := j.begin(); err != nil {
+		j.giveTurn()
+		j.cancel(nil)
+		return nil, err
+	}
+	j.work.Go(func() { j.run(ctx, append(line, '\n')) })
+	return j, nil
+}
+
+// turn takes a turn if there is one.
+func (j *Job) turn() bool {
+	if j.cfg.Turns == nil {
+		return true
+	}
+	select {
+	case j.cfg.Turns <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func (j *Job) giveTurn() {
+	if j.cfg.Turns != nil {
+		<-j.cfg.Turns
+	}
+}
+
+// wait is run for a job that has to wait for its turn.
+func (j *Job) wait(ctx context.Context, spec []byte) {
+	var err error
+	select {
+	case <-ctx.Done():
+		err = fmt.Errorf("job: %w", context.Cause(ctx))
+	case j.cfg.Turns <- struct{}{}:
+		if err = j.begin(); err == nil {
+			j.run(ctx, spec)
+			return
+		}
+		j.giveTurn()
+	}
+	j.cancel(nil)
+	j.mu.Lock()
+	j.err = err
+	j.mu.Unlock()
+	close(j.done)
+}
+
+// begin starts the process.
+func (j *Job) begin() (err error) {
+	j.cmd = exec.Command(j.cfg.Exe, j.cfg.Args...)
 	j.cmd.Dir = "/"
-	j.cmd.Env = append(childEnv(cfg.Env), memoryEnv+"="+strconv.FormatInt(cfg.MemoryBytes, 10))
+	j.cmd.Env = append(childEnv(j.cfg.Env), memoryEnv+"="+strconv.FormatInt(j.cfg.MemoryBytes, 10))
 	j.cmd.Stderr = j.stderr
 	j.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's ^C is for the parent to act on
 	if j.stdin, err = j.cmd.StdinPipe(); err != nil {
-		return nil, fmt.Errorf("job: %w", err)
+		return fmt.Errorf("job: %w", err)
 	}
 	if j.stdout, err = j.cmd.StdoutPipe(); err != nil {
-		return nil, fmt.Errorf("job: %w", err)
+		return fmt.Errorf("job: %w", err)
 	}
 	if err := j.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("job: start %s: %w", cfg.Exe, err)
+		return fmt.Errorf("job: start %s: %w", j.cfg.Exe, err)
 	}
-	ctx, j.cancel = context.WithCancelCause(ctx)
-	j.work.Go(func() { j.run(ctx, append(line, '\n')) })
-	return j, nil
+	return nil
 }
 
 func childEnv(more []string) []string {
@@ -177,6 +237,7 @@ func (j *Job) Wait() (Result, error) {
 // run talks to the child until it is gone, and tidies up after it.
 func (j *Job) run(ctx context.Context, spec []byte) {
 	defer close(j.done)
+	defer j.giveTurn()
 	defer j.cancel(nil)
 	kill := time.AfterFunc(time.Hour, func() { j.cmd.Process.Kill() }) //nolint:errcheck // it may be gone already
 	kill.Stop()

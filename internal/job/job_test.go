@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -643,4 +644,75 @@ func FuzzWire(f *testing.F) {
 			_ = m.Error.err().Error()
 		}
 	})
+}
+
+// TestTurns: of jobs that share two turns two have a process; the others wait without one, can be cancelled, and begin when it is their turn. A stream does not wait.
+func TestTurns(t *testing.T) {
+	cfg := config()
+	cfg.Turns = make(chan struct{}, 2)
+	source := slowServer(t, sample(3<<20))
+	var specs []Spec
+	var jobs []*Job
+	for range 4 {
+		spec := importSpec(t, source)
+		j, err := Start(t.Context(), cfg, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		specs, jobs = append(specs, spec), append(jobs, j)
+	}
+	started(t, jobs[0], specs[0], "")
+	started(t, jobs[1], specs[1], "")
+	jobs[2].Cancel()
+	if _, err := jobs[2].Wait(); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled while it waited: %v", err)
+	}
+	if jobs[2].cmd != nil {
+		t.Error("a job that waited had a process")
+	}
+	wantEmpty(t, specs[2])
+	wantEmpty(t, specs[3])
+	if p := jobs[3].Progress(); p.DoneBytes != 0 || p.Percent != 0 {
+		t.Errorf("a job that waits is at %+v", p)
+	}
+
+	spec := importSpec(t, "")
+	path := filepath.Join(spec.Import.Root, "s.sock")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	spec.Import.Source = streamScheme + "://" + path
+	j, err := Start(t.Context(), cfg, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ln.(*net.UnixListener).SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := ln.Accept() // while no turn is free
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	if _, err := j.Wait(); err == nil {
+		t.Error("an empty stream made an image")
+	}
+
+	jobs[0].Cancel()
+	started(t, jobs[3], specs[3], "")
+	for _, j := range jobs {
+		j.Cancel()
+		if _, err := j.Wait(); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	}
+	if len(cfg.Turns) != 0 {
+		t.Errorf("%d turns were not given back", len(cfg.Turns))
+	}
+	cfg.Exe = filepath.Join(spec.Import.Root, "none")
+	if _, err := perform(t, cfg, importSpec(t, source)); !errors.Is(err, fs.ErrNotExist) || len(cfg.Turns) != 0 {
+		t.Errorf("no such program: %v; %d turns are taken", err, len(cfg.Turns))
+	}
 }

@@ -28,6 +28,11 @@ func isNBD(source string) bool {
 // isStream tells stream+unix:///PATH.
 func isStream(source string) bool { return strings.HasPrefix(source, streamScheme+"://") }
 
+// onStream tells whether somebody feeds the work, or takes what it makes, while it runs.
+func (s *Spec) onStream() bool {
+	return s.Import != nil && isStream(s.Import.Source) || s.Export != nil && isStream(s.Export.To)
+}
+
 // streamPath is the socket's path; ErrSpec if that is not all there is.
 func streamPath(source string) (string, error) {
 	u, err := url.Parse(source)
