@@ -401,11 +401,11 @@ func TestSocket(t *testing.T) {
 // TestSocketKeepsAlive has the server ping, and end a client that does not answer.
 func TestSocketKeepsAlive(t *testing.T) {
 	s := serve(t, Config{Heartbeat: 20 * time.Millisecond}, nil)
-	conn, _, err := s.dial("/v1/ws/1s/images", nil)
-	if err == nil {
+	if _, _, err := s.dial("/v1/ws/1s/images", nil); err == nil {
 		t.Fatal("there is a collection images")
 	}
-	if conn, _, err = s.dial("/v1/ws/1s/backingimages", nil); err != nil {
+	conn, _, err := s.dial("/v1/ws/1s/backingimages", nil)
+	if err != nil {
 		t.Fatal(err)
 	}
 	pings := 0

@@ -366,7 +366,7 @@ func TestNetworkTLS(t *testing.T) {
 		}
 	}
 	b.end()
-	c = b.start()
+	b.start()
 	eventually(t, "the next process serves it too", func() bool { return use(good) == nil })
 	if err := use(nil); err == nil {
 		t.Error("plain got into the next process")
