@@ -109,9 +109,14 @@ func TestLockPasses(t *testing.T) {
 // TestEndAfterHandOverIsNoDeath: the holder's data process ends while another has the lock that it passed: nobody is started beside that one, and nothing counts as a death.
 func TestEndAfterHandOverIsNoDeath(t *testing.T) {
 	cfg := newRun(t, "data")
-	runHere(t, cfg)
+	// A holder of its own: one in this process would end first, and the data process would start another.
+	conn, err := Ensure(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
 	var pid int
-	eventually(t, "a data process", func() bool { pid = lockPID(t, dataLock(cfg.RunDir)); return pid != 0 })
+	eventually(t, "a data process", func() (ok bool) { pid, ok = greeting(t, cfg); return ok })
 	lock := passedLock(t, pid, dataLock(cfg.RunDir))
 	syscall.Kill(pid, syscall.SIGKILL)
 	c := dial(t, cfg)
@@ -127,10 +132,13 @@ func TestEndAfterHandOverIsNoDeath(t *testing.T) {
 		t.Errorf("while another has the lock: %+v, %v", st, err)
 	}
 	lock.Close()
-	eventually(t, "another is started", func() bool {
-		st, err := c.Status(t.Context())
-		return err == nil && st.Data.Starts == 2
+	eventually(t, "another is started, and serves", func() bool {
+		now, ok := greeting(t, cfg)
+		return ok && now != pid
 	})
+	if st, err := c.Status(t.Context()); err != nil || st.Data.Starts != 2 {
+		t.Errorf("once nobody has the lock: %+v, %v", st, err)
+	}
 }
 
 // passedLock takes a copy of a process's descriptor, as if it had passed it.
