@@ -719,6 +719,51 @@ func (b *bed) repair(dev string) {
 	}
 }
 
+// TestBlockdevKilledInVerbs kills the data process in the middle of snapshots and expansions of a mounted file system, when it may be waiting for the kernel that waits for it.
+func TestBlockdevKilledInVerbs(t *testing.T) {
+	b := newBlockBed(t)
+	dev := b.blockdev("v", "320Mi")
+	b.on(dev, xfs.mkfs)
+	at := b.mountDev(dev, "mnt")
+	l := b.startFSLoad(at)
+	var pauses []time.Duration
+	for n := range 8 {
+		verb := []string{"snapshot", "create", "v", fmt.Sprint("s", n)}
+		if n%2 == 1 {
+			verb = []string{"volume", "expand", "v", "--size", fmt.Sprintf("%dMi", 320+16*n)}
+		}
+		pauses = append(pauses, b.paused(&l.ops, &l.worst, func() {
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if err := b.p.Run(b.ctx, nil, verb...); err != nil {
+					b.Errorf("ashlar %s, with the data process killed meanwhile: %v", strings.Join(verb, " "), err)
+				}
+			})
+			<-time.After(time.Duration(10+10*n) * time.Millisecond) // it falls somewhere into the verb, or before, or after
+			b.kill("data")
+			wg.Wait()
+		}))
+	}
+	l.wait()
+	t.Logf("8 kills during snapshots and expansions: the slowest file %v", pauses)
+	if got := strings.TrimSpace(b.tool("blockdev", "--getsize64", dev)); got != strconv.Itoa((320+16*7)*mib) {
+		t.Errorf("%s has %s bytes after the expansions", dev, got)
+	}
+	b.on(at, xfs.grow)
+	b.tool("umount", at)
+	b.on(dev, xfs.check)
+	b.mountDev(dev, "mnt")
+	l.verify()
+	b.tool("umount", at)
+	for n := 0; n < 8; n += 2 {
+		if s := b.snapshots("v")[fmt.Sprint("s", n)]; !s.UserCreated {
+			t.Errorf("snapshot s%d: %+v", n, s)
+		}
+	}
+	b.clean("v")
+	b.cli("volume", "detach", "v")
+}
+
 // TestBlockdevUpgrade hands the block device over to another build and back, under fio verify and under a mounted ext4: no error.
 func TestBlockdevUpgrade(t *testing.T) {
 	first, second := program, build(t, secondVersion, "")
