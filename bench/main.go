@@ -1,7 +1,8 @@
 // Command bench measures Ashlar beside its peers in one run on one machine, prints the tables, and appends one JSON object a line to bench/results.jsonl:
 // what, ours, peer, peer_name, ratio, target, holds. Servers take turns, round by round; the median counts, and of it the ratio.
 //
-// `make bench` calls it; `-only REGEXP` picks sections. It judges nothing: a missed target is printed as missed and the exit code stays 0.
+// `make bench` calls it; `-only REGEXP` picks sections. It judges nothing: a missed target is printed as missed and the exit code stays 0. Only `-only soak`, a long run under a mixed
+// load, fails when something grows without bound.
 package main
 
 import (
@@ -14,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"time"
 
 	"ashlar/internal/testbed"
 )
@@ -37,12 +39,14 @@ type bench struct {
 	node    *testbed.Process
 	rounds  int
 	seconds int
+	soakFor time.Duration
 	results []result
 }
 
 type section struct {
 	name string
 	run  func(context.Context) error
+	long bool // only when it is picked
 }
 
 func main() {
@@ -50,6 +54,7 @@ func main() {
 	flag.StringVar(&b.bin, "ashlar", "bin/ashlar", "the program to measure")
 	flag.IntVar(&b.rounds, "rounds", 3, "interleaved rounds; the median counts")
 	flag.IntVar(&b.seconds, "seconds", 3, "seconds a run")
+	flag.DurationVar(&b.soakFor, "soak", 10*time.Minute, "how long the section soak runs, which only -only picks")
 	only := flag.String("only", "", "run only the sections whose name matches")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
@@ -76,14 +81,15 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, b.node.Stop(context.WithoutCancel(ctx))) }()
-	sections := []section{{"idle", b.idle}, {"create", b.create}, {"cache", b.cache}, {"direct", b.direct}, {"flush", b.flush},
-		{"snapshot", b.snapshot}, {"depth", b.depth}, {"memory", b.memory}, {"image", b.images}}
+	sections := []section{{name: "idle", run: b.idle}, {name: "create", run: b.create}, {name: "cache", run: b.cache}, {name: "direct", run: b.direct}, {name: "flush", run: b.flush},
+		{name: "snapshot", run: b.snapshot}, {name: "depth", run: b.depth}, {name: "memory", run: b.memory}, {name: "image", run: b.images}, {name: "scale", run: b.scale},
+		{name: "soak", run: b.soak, long: true}}
 	for _, s := range sections {
-		if !pick.MatchString(s.name) {
+		if !pick.MatchString(s.name) || s.long && only == "" {
 			continue
 		}
 		if err := s.run(ctx); err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return errors.Join(fmt.Errorf("%s: %w", s.name, err), b.write())
 		}
 	}
 	return b.write()

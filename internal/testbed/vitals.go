@@ -16,7 +16,8 @@ import (
 
 // Vitals are what must not grow without bound in a process of the node.
 type Vitals struct {
-	ResidentBytes  int64
+	ResidentBytes  int64 // with the pages of mapped files, such as the catalogue's
+	PrivateBytes   int64 // without
 	Threads, Files int
 	Goroutines     int   // 0 where unknown: not asked for, or no profiles
 	HeapBytes      int64 // 0 where unknown; after a garbage collection: what is in use
@@ -53,6 +54,9 @@ func VitalsOf(pid int) (v Vitals, err error) {
 		case "VmRSS":
 			v.ResidentBytes, err = strconv.ParseInt(n, 10, 64)
 			v.ResidentBytes *= 1024
+		case "RssAnon":
+			v.PrivateBytes, err = strconv.ParseInt(n, 10, 64)
+			v.PrivateBytes *= 1024
 		case "Threads":
 			v.Threads, err = strconv.Atoi(n)
 		}
