@@ -11,6 +11,7 @@ import (
 	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/export"
+	"ashlar/internal/export/blockdev"
 	"ashlar/internal/replica"
 	"ashlar/internal/volume"
 )
@@ -91,6 +92,9 @@ func (c *peer) receiveVolume(f frame) (*passedVolume, error) {
 func (p *Process) give(ctx context.Context, to *peer, v *given) (pause time.Duration, conns int, err error) {
 	p.prepare(ctx, v.s)
 	start := time.Now()
+	if err := p.detachDevice(ctx, v.s); err != nil {
+		return 0, 0, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
 	out, err := p.letGoOf(ctx, v.s)
 	defer out.drop()
 	if err != nil {
@@ -200,7 +204,25 @@ func (s *slot) inherited() *os.File {
 // detachPatience bounds how long a client that takes no replies, or a disk that is stuck, may keep the others of its volume waiting.
 const detachPatience = 5 * time.Second
 
-// detachFronts stops a volume's frontend between two requests, and returns its connections. Afterwards the volume is not exported here. Connections that cannot be passed on
+// detachDevice ends serving a volume's block device: its users wait in the kernel, and the holder has the descriptor that the next one goes on with. It comes before anything is let
+// go: a device that cannot be detached is served on here, and two processes must never answer the requests of one descriptor.
+func (p *Process) detachDevice(ctx context.Context, s *slot) error {
+	a, _, _ := s.look()
+	if a.Frontend != frontendBlockdev {
+		return nil
+	}
+	s.liftLimits()
+	ctx, cancel := context.WithTimeout(ctx, detachPatience)
+	defer cancel()
+	err := p.blockdev.Detach(ctx, a.Volume)
+	if err != nil && !errors.Is(err, blockdev.ErrNotFound) {
+		s.restoreLimits()
+		return err
+	}
+	return nil
+}
+
+// detachFronts stops a volume's NBD export between two requests, and returns its connections. Afterwards the volume is not exported here. Connections that cannot be passed on
 // are cut, which is no reason to keep the volume.
 func (p *Process) detachFronts(ctx context.Context, a client.OpenVolume) (out []passedConn) {
 	ctx, cancel := context.WithTimeout(ctx, detachPatience)
@@ -212,9 +234,6 @@ func (p *Process) detachFronts(ctx context.Context, a client.OpenVolume) (out []
 		for _, c := range conns {
 			out = append(out, passedConn{front: frontendNBD, state: c.State, file: c.File})
 		}
-	}
-	if a.Frontend == frontendBlockdev { // its users wait in the kernel, and the holder has the descriptor that the next one goes on with
-		err = p.blockdev.Detach(ctx, a.Volume)
 	}
 	if err != nil {
 		p.log.Warn("clients that cannot be handed over connect again", "volume", a.Volume, "error", err)
