@@ -130,6 +130,9 @@ func (s *story) remove() error {
 // clean ends whatever still runs.
 func (s *story) clean() error {
 	var errs []error
+	if s.device != "" {
+		_ = command(context.WithoutCancel(s.ctx), "umount", s.mount) // perhaps it was never mounted
+	}
 	for _, g := range s.guests {
 		g.kill()
 	}

@@ -53,11 +53,17 @@ func run(ctx context.Context, bin string, keep bool) (err error) {
 	if err := s.makeParts(); err != nil {
 		return err
 	}
-	if s.node, err = testbed.StartProcess(ctx, bin, scratch); err != nil {
+	// A copy, which the story's upgrade may replace.
+	s.bin = filepath.Join(scratch, "ashlar")
+	if err := command(ctx, "cp", bin, s.bin); err != nil {
+		return err
+	}
+	if s.node, err = testbed.StartProcess(ctx, s.bin, scratch); err != nil {
 		return err
 	}
 	s.ok("a node is up: `ashlar serve`, and the data process and the holder that it started (pids %d, %d, %d)", s.node.PID("serve"), s.node.PID("data"), s.node.PID("hold"))
-	for _, chapter := range []func() error{s.importImage, s.createVolumes, s.bootBoth, s.snapshotAndChange, s.killServe, s.killData, s.revert, s.sizes, s.remove} {
+	for _, chapter := range []func() error{s.importImage, s.createVolumes, s.bootBoth, s.snapshotAndChange, s.killServe, s.killData, s.exportLive, s.blockDevice,
+		s.upgrade, s.revert, s.sizes, s.remove} {
 		if err := chapter(); err != nil {
 			return err
 		}

@@ -28,6 +28,9 @@ type story struct {
 	sum     string
 	before  string // checksum that the guest printed of its file
 	oks     int
+	bin     string // the program that runs
+	device  string // a block device that is attached, and where it is mounted
+	mount   string
 }
 
 var errDemo = errors.New("not as promised")
@@ -235,7 +238,7 @@ func (s *story) snapshotAndChange() error {
 }
 
 // writer is what vm2 does all the time from now on: it appends numbered lines, each forced to the disk, and stops at the first error.
-const writer = `( n=0; while [ ! -e /stop ]; do n=$((n+1)); echo "line $n" >> /root/log && sync /root/log || { echo "failed at $n" > /dev/shm-failed; break; }; done ) & true`
+const writer = `: > /root/log; ( n=0; while [ ! -e /stop ]; do n=$((n+1)); echo "line $n" >> /root/log && sync /root/log || { echo "failed at $n" > /dev/shm-failed; break; }; done ) & true`
 
 func (s *story) lines() (int, error) {
 	text, err := s.guests["vm2"].run(s.ctx, "wc -l < /root/log")
