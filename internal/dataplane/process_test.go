@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -624,5 +625,25 @@ func TestOpenListIsReplacedWhole(t *testing.T) {
 	}
 	if _, err := os.Stat(l.path + ".new"); err == nil {
 		t.Error("the new file is left beside it")
+	}
+}
+
+// TestStateNamesNoEmptyPlace: a place that somebody has just made for a volume he is about to open is no volume yet; told without a name it would be reported as one that
+// no record names.
+func TestStateNamesNoEmptyPlace(t *testing.T) {
+	list, err := loadOpenList(t.TempDir(), "boot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &Process{board: newBoard(time.Now()), list: list, slotByID: map[string]*slot{}, diskByID: map[string]*diskDir{}, jobByID: map[string]*importJob{}}
+	if p.nbd, err = newFrontend(Config{RunDir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}, heldListeners{}); err != nil {
+		t.Fatal(err)
+	}
+	defer p.nbd.Close()
+	if _, err := p.newSlot(id("volu", 1)); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := p.State(t.Context()); err != nil || len(st.Volumes) != 0 {
+		t.Errorf("%+v, %v", st.Volumes, err)
 	}
 }

@@ -81,6 +81,9 @@ func (p *Process) State(ctx context.Context) (client.State, error) {
 	st.Network, _ = p.network.look()
 	fronts := p.nbd.Stats()
 	for _, s := range p.slots() {
+		if _, state, _ := s.look(); state == "" {
+			continue // somebody is about to open it: there is nothing to say of it yet
+		}
 		st.Volumes = append(st.Volumes, p.volumeStatus(ctx, s, fronts))
 	}
 	for _, d := range p.disks() {
