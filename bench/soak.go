@@ -238,11 +238,11 @@ func (w *crowd) sample(ctx context.Context, length time.Duration) (all []sample,
 
 func mib(n int64) float64 { return float64(n) / (1 << 20) }
 
-// judge compares the first minute (or tenth) after the beginning with the last. What a process keeps for an hour or a number of times, such as ended operations, is in the slack.
+// judge compares the second minute with the last; in the first, snapshots and caches fill up. It wants four minutes at least. What a process keeps for an hour or a number of times, such as ended operations, is in the slack.
 func (b *bench) judge(all []sample) error {
-	n := min(int(time.Minute/soakSample), max(1, len(all)/10))
-	if len(all) < 4*n {
-		return fmt.Errorf("%w: %d samples are too few", errBench, len(all))
+	n := int(time.Minute / soakSample)
+	if len(all) < 4*n*9/10 { // a sample takes its time, too
+		return fmt.Errorf("%w: %d samples are too few to judge; let it run for four minutes", errBench, len(all))
 	}
 	mean := func(part []sample, f func(sample) float64) (sum float64) {
 		for _, s := range part {
@@ -275,7 +275,7 @@ func (b *bench) judge(all []sample) error {
 		{"disk, MiB", func(s sample) float64 { return mib(s.DiskBytes) }, 0, 0},
 		{"catalogue, MiB", func(s sample) float64 { return mib(s.EtcdBytes) }, 0, 0},
 	} {
-		first, last := mean(all[n:2*n], r.f), mean(all[len(all)-n:], r.f) // the first fills caches
+		first, last := mean(all[n:2*n], r.f), mean(all[len(all)-n:], r.f)
 		verdict := ""
 		if r.factor > 0 {
 			limit := first*r.factor + r.slack
