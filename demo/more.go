@@ -72,7 +72,7 @@ func (s *story) blockDevice() error {
 	if err := os.Mkdir(s.mount, 0o700); err != nil {
 		return err
 	}
-	for _, step := range [][]string{{"mkfs.ext4", "-q", s.device}, {"mount", s.device, s.mount}, {"cp", "-r", "/usr/share/doc/bash", "/bin/bash", s.mount}, {"sync", "-f", s.mount}} {
+	for _, step := range [][]string{{"mkfs.ext4", "-q", s.device}, {"mount", s.device, s.mount}, {"cp", "-r", "/etc/init.d", "/bin/bash", s.mount}, {"sync", "-f", s.mount}} {
 		fmt.Println("#  " + strings.Join(step, " "))
 		if err := command(s.ctx, step[0], step[1:]...); err != nil {
 			return err
