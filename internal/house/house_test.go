@@ -38,7 +38,8 @@ var mayImport = map[string][]string{
 	"volume":              {"block", "replica"},
 	"volume/ledgertest":   {"replica", "volume"},
 	"export/fuse":         {"block"},
-	"export/blockdev":     {"block", "export/fuse"},
+	"export/netnbd":       {},                                               // decision 0015
+	"export/blockdev":     {"block", "nbd", "export/fuse", "export/netnbd"}, // nbd, export/netnbd: decision 0015
 	"export":              {"block", "nbd"},
 	"job":                 {"block", "image", "nbd", "disk", "layer", "dataplane/client"}, // disk, layer: decision 0003; dataplane/client: 0013
 	"dataplane/client":    {},

@@ -256,38 +256,67 @@ func decodeState(data []byte) (stateFile, error) {
 // Errors: ErrState, also when the export is smaller than the client was told or lacks what it was promised; what Exports.Lookup says
 // (ErrNoExport); ErrServerClosed; ErrTooMany.
 func (s *Server) Adopt(file *os.File, data []byte) error {
-	f, err := decodeState(data)
+	serve, err := s.adopt(file, data)
 	if err != nil {
 		return err
 	}
-	e, err := s.cfg.Exports.Lookup(f.Export)
-	if err != nil {
-		return fmt.Errorf("nbd: adopt a connection to %q: %w", f.Export, err)
-	}
-	missing := f.Flags &^ e.transmissionFlags(f.Structured)
-	if e.Name != f.Export || e.Device.Size() < f.SizeBytes || missing != 0 {
-		return fmt.Errorf("nbd: adopt a connection to %q: was promised %d bytes and flags %#x; there are %d bytes, and %#x is missing: %w",
-			f.Export, f.SizeBytes, f.Flags, e.Device.Size(), missing, ErrState)
-	}
-	l, err := adoptSocket(file, s.idle)
-	if err != nil {
-		return err
-	}
-	ss, err := s.addSession(l, f.Remote)
-	if err != nil {
-		l.close()
-		return fmt.Errorf("nbd: adopt a connection to %q: %w", f.Export, err)
-	}
-	_ = file.Close() // the duplicate has the connection
-	t := transmission{export: e, state: f.state(), link: l, rest: f.rest()}
-	ss.enter(l, t.state)
 	s.wg.Go(func() {
-		defer s.removeSession(ss)
-		if err := s.reason(ss, ss.transmit(s, t)); err != nil && !errors.Is(err, ErrServerClosed) {
+		if err := serve(); err != nil && !errors.Is(err, ErrServerClosed) {
 			s.cfg.Report(err)
 		}
 	})
 	return nil
+}
+
+// ServeAdopted is Adopt that returns when the connection has ended and no call of it to the Device is running, with what ServeConn would return; ErrServerClosed also when it
+// was given away again. The file stays the caller's to close if one of Adopt's errors is returned, and is closed otherwise.
+func (s *Server) ServeAdopted(file *os.File, data []byte) error {
+	serve, err := s.adopt(file, data)
+	if err != nil {
+		return err
+	}
+	return serve()
+}
+
+// FreshState is the state, for Adopt, of a connection that has begun with the transmission phase: whoever made its client told it the size and the flags that are
+// returned, and simple replies. Linux's nbd driver is such a client.
+func FreshState(e Export) (data []byte, flags uint16, err error) {
+	flags = e.transmissionFlags(false)
+	data, err = encodeState(state{Export: e.Name, SizeBytes: e.Device.Size(), Flags: flags}, rest{}, "")
+	return data, flags, err
+}
+
+// adopt takes the connection over and returns what serves it, which must be called.
+func (s *Server) adopt(file *os.File, data []byte) (serve func() error, err error) {
+	f, err := decodeState(data)
+	if err != nil {
+		return nil, err
+	}
+	e, err := s.cfg.Exports.Lookup(f.Export)
+	if err != nil {
+		return nil, fmt.Errorf("nbd: adopt a connection to %q: %w", f.Export, err)
+	}
+	missing := f.Flags &^ e.transmissionFlags(f.Structured)
+	if e.Name != f.Export || e.Device.Size() < f.SizeBytes || missing != 0 {
+		return nil, fmt.Errorf("nbd: adopt a connection to %q: was promised %d bytes and flags %#x; there are %d bytes, and %#x is missing: %w",
+			f.Export, f.SizeBytes, f.Flags, e.Device.Size(), missing, ErrState)
+	}
+	l, err := adoptSocket(file, s.idle)
+	if err != nil {
+		return nil, err
+	}
+	ss, err := s.addSession(l, f.Remote)
+	if err != nil {
+		l.close()
+		return nil, fmt.Errorf("nbd: adopt a connection to %q: %w", f.Export, err)
+	}
+	_ = file.Close() // the duplicate has the connection
+	t := transmission{export: e, state: f.state(), link: l, rest: f.rest()}
+	ss.enter(l, t.state)
+	return func() error {
+		defer s.removeSession(ss)
+		return s.reason(ss, ss.transmit(s, t))
+	}, nil
 }
 
 func (f stateFile) state() state {

@@ -60,6 +60,7 @@ type Config struct {
 	Threads int
 
 	withoutResend bool // tests: as on an older kernel
+	onlyFUSE      bool // tests: as without the kernel's nbd driver
 }
 
 func (c Config) check() (Config, error) {
@@ -113,10 +114,13 @@ type Frontend struct {
 // served is a volume that is added, or whose name is taken for the time of a call.
 type served struct {
 	busy     bool
-	session  *fuse.Session // nil: not added
+	session  *fuse.Session // nil: not added, or
+	kernel   *kernelServed // a device of the kernel's nbd driver
 	dev      block.Device
 	readOnly bool
 }
+
+func (v *served) added() bool { return v.session != nil || v.kernel != nil }
 
 // New returns a frontend without volumes. It touches nothing: a host that cannot make block devices shows in Supported and Add.
 func New(cfg Config) (*Frontend, error) {
@@ -170,7 +174,7 @@ func (f *Frontend) give(volume string, v *served) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	v.busy = false
-	if v.session == nil {
+	if !v.added() {
 		delete(f.volumes, volume)
 	}
 	f.calls.Done()
@@ -183,6 +187,13 @@ func (f *Frontend) set(v *served, s *fuse.Session, dev block.Device) {
 	v.session, v.dev = s, dev
 }
 
+// setKernel is set for a device of the kernel's nbd driver; nil for nothing.
+func (f *Frontend) setKernel(v *served, k *kernelServed) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	v.kernel = k
+}
+
 // Add makes dev the block device of volume, and returns its path. If a session of volume is held, it goes on where the process before stopped: users of the device notice a
 // pause. Otherwise everything is made anew, and what a dead process left is cleaned away; who still uses that has EIO. dev stays the caller's, who must Remove or Detach
 // the volume before closing it. Its size may change (Resize); sizes that are not a multiple of 512 lose the rest.
@@ -193,11 +204,19 @@ func (f *Frontend) Add(ctx context.Context, volume string, dev block.Device, o O
 		return "", fmt.Errorf("blockdev: add %s: %w", volume, err)
 	}
 	defer f.give(volume, v)
-	if v.session != nil {
+	if v.added() {
 		return "", fmt.Errorf("blockdev: add %s: %w", volume, ErrExists)
 	}
 	if err := Supported(); err != nil {
 		return "", fmt.Errorf("add %s: %w", volume, err)
+	}
+	k, err := f.addKernel(ctx, volume, dev, o)
+	if err != nil {
+		return "", fmt.Errorf("blockdev: add %s: %w", volume, err)
+	}
+	if k != nil {
+		f.setKernel(v, k)
+		return f.Path(volume), nil
 	}
 	cfg := fuse.Config{Device: dev, ReadOnly: o.ReadOnly, Buffers: f.buffers, Workers: f.cfg.Threads, WithoutResend: f.cfg.withoutResend,
 		Report: func(err error) { f.cfg.Report(volume, err) }}
@@ -310,6 +329,13 @@ func (f *Frontend) Remove(ctx context.Context, volume string) error {
 		return fmt.Errorf("blockdev: remove %s: %w", volume, err)
 	}
 	defer f.give(volume, v)
+	if v.kernel != nil {
+		if err := v.kernel.remove(ctx); err != nil {
+			return fmt.Errorf("blockdev: remove %s: %w", volume, err)
+		}
+		f.setKernel(v, nil)
+		return nil
+	}
 	if v.session == nil {
 		if err := f.removeHeld(ctx, volume); err != nil {
 			return fmt.Errorf("blockdev: remove %s: %w", volume, err)
@@ -348,10 +374,29 @@ func (f *Frontend) Force(ctx context.Context, volume string) error {
 		return fmt.Errorf("blockdev: force %s: %w", volume, err)
 	}
 	defer f.give(volume, v)
+	if err := f.force(ctx, volume, v); err != nil {
+		return fmt.Errorf("blockdev: force %s: %w", volume, err)
+	}
+	return nil
+}
+
+func (f *Frontend) force(ctx context.Context, volume string, v *served) error {
+	if v.kernel != nil {
+		if err := v.kernel.force(ctx); err != nil {
+			return err
+		}
+		f.setKernel(v, nil)
+		return nil
+	}
+	if v.session == nil {
+		if there, err := f.removeKernelHeld(ctx, volume, verbNBDDrop); there || err != nil {
+			return err
+		}
+	}
 	// The loop device first: once the mount is gone nothing tells which one it was.
 	devs, err := loopsOn(f.mountPath(volume))
 	if err != nil {
-		return fmt.Errorf("blockdev: force %s: %w", volume, err)
+		return err
 	}
 	err = abort(f.mountPath(volume))
 	for _, dev := range devs {
@@ -363,21 +408,24 @@ func (f *Frontend) Force(ctx context.Context, volume string) error {
 	} else {
 		err = errors.Join(err, f.cfg.Keeper.Drop(ctx, heldName(volume)), f.sweep(ctx, volume))
 	}
-	if err != nil {
-		return fmt.Errorf("blockdev: force %s: %w", volume, err)
-	}
-	return nil
+	return err
 }
 
-// on calls fn with volume's loop device, which was added.
+// on calls fn with the loop or nbd device of volume, which was added.
 func (f *Frontend) on(volume, verb string, fn func(v *served, dev string) error) error {
 	v, err := f.take(volume)
 	if err != nil {
 		return fmt.Errorf("blockdev: %s %s: %w", verb, volume, err)
 	}
 	defer f.give(volume, v)
-	if v.session == nil {
+	if !v.added() {
 		return fmt.Errorf("blockdev: %s %s: %w", verb, volume, ErrNotFound)
+	}
+	if v.kernel != nil {
+		if err := fn(v, v.kernel.dev); err != nil {
+			return fmt.Errorf("blockdev: %s %s: %w", verb, volume, err)
+		}
+		return nil
 	}
 	devs, err := loopsOn(f.mountPath(volume))
 	if err == nil && len(devs) == 0 {
@@ -395,7 +443,10 @@ func (f *Frontend) on(volume, verb string, fn func(v *served, dev string) error)
 // Resize has the block device take the size that its Device has now; who has it open or mounted goes on, and file systems can then be grown. The Device must answer
 // meanwhile: a held Gate holds it up. ErrNotFound if the volume was not added.
 func (f *Frontend) Resize(ctx context.Context, volume string) error {
-	return f.on(volume, "resize", func(_ *served, dev string) error {
+	return f.on(volume, "resize", func(v *served, dev string) error {
+		if v.kernel != nil {
+			return v.kernel.resize(ctx)
+		}
 		_, err := f.tool(ctx, verbResize, dev, f.mountPath(volume))
 		return err
 	})
@@ -418,7 +469,7 @@ func (f *Frontend) Detach(ctx context.Context, volume string) error {
 		return fmt.Errorf("blockdev: detach %s: %w", volume, err)
 	}
 	defer f.give(volume, v)
-	if v.session == nil {
+	if !v.added() {
 		return fmt.Errorf("blockdev: detach %s: %w", volume, ErrNotFound)
 	}
 	if err := f.release(ctx, volume, v); err != nil {
@@ -428,6 +479,13 @@ func (f *Frontend) Detach(ctx context.Context, volume string) error {
 }
 
 func (f *Frontend) release(ctx context.Context, volume string, v *served) error {
+	if v.kernel != nil {
+		if err := v.kernel.detach(ctx); err != nil {
+			return err
+		}
+		f.setKernel(v, nil)
+		return nil
+	}
 	s := v.session
 	if err := f.keep(ctx, volume, s); err != nil {
 		return err
@@ -447,8 +505,8 @@ type Stats struct {
 	Reads, Writes, Flushes, Zeroes uint64
 	ReadBytes, WrittenBytes        uint64
 	Errors                         uint64 // of the Device
-	Resent                         uint64 // requests the kernel sent again, because a process before had not answered them
-	Conns                          int    // the loop device: 1
+	Resent                         uint64 // requests the kernel sent again, because a process before had not answered them; the nbd driver does not tell
+	Conns                          int    // the loop or nbd device: 1
 }
 
 // Stats returns what each added volume did since it was added here.
@@ -457,6 +515,9 @@ func (f *Frontend) Stats() map[string]Stats {
 	defer f.mu.Unlock()
 	out := make(map[string]Stats, len(f.volumes))
 	for name, v := range f.volumes {
+		if v.kernel != nil {
+			out[name] = v.kernel.stats()
+		}
 		if v.session == nil {
 			continue
 		}

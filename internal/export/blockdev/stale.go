@@ -50,6 +50,9 @@ func (f *Frontend) sweep(ctx context.Context, volume string) error {
 
 // removeHeld takes away volume, which this process does not serve, but whose descriptor may be held: nobody has it open, or ErrBusy.
 func (f *Frontend) removeHeld(ctx context.Context, volume string) error {
+	if there, err := f.removeKernelHeld(ctx, volume, verbNBDSweep); there || err != nil {
+		return err
+	}
 	held, err := f.cfg.Keeper.Get(ctx, heldName(volume))
 	if errors.Is(err, f.cfg.NotHeld) {
 		return f.clean(ctx, volume)

@@ -29,6 +29,11 @@ func Supported() error {
 		}
 		unix.Close(fd) //nolint:errcheck // nothing was written
 	}
+	if _, err := os.Stat("/sys/module/nbd"); err == nil {
+		errs = nil // it does without those
+	} else if len(errs) > 0 {
+		errs = append(errs, errors.New("nor is there the kernel's nbd driver (modprobe nbd)"))
+	}
 	if ok, err := hasCapability(unix.CAP_SYS_ADMIN); err != nil {
 		errs = append(errs, err)
 	} else if !ok {
@@ -59,7 +64,7 @@ func hasCapability(number int) (bool, error) {
 }
 
 // Resends tells whether the kernel can send again what a dead process had read (FUSE_NOTIFY_RESEND, Linux 6.9): then block devices pause when this process
-// is killed, and go on when the next one serves. Otherwise a kill means EIO to their users. It finds out once, by a mount that it takes away again; false also if
+// is killed, and go on when the next one serves. Otherwise a kill means EIO to their users, unless they are devices of the kernel's nbd driver. It finds out once, by a mount that it takes away again; false also if
 // that failed.
 func (f *Frontend) Resends() bool {
 	f.probe.Do(func() {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"time"
 
@@ -21,6 +22,15 @@ const (
 	verbResize = "resize" // DEV PATH: take PATH's size
 	verbSync   = "sync"   // DEV: write out what the kernel holds for it
 	verbProbe  = "probe"  // PATH: look whether somebody serves it
+
+	// Those of the kernel's nbd driver, whose devices have an identifier ID. Where it says so, descriptor 3 is a socket for the driver.
+	verbNBDLoad      = "nbd-load"      // load the module
+	verbNBDConnect   = "nbd-connect"   // ID BYTES FLAGS, socket: make a device; its path is the answer
+	verbNBDReconnect = "nbd-reconnect" // DEV ID BYTES, socket: give it a connection in place of a dead one
+	verbNBDResize    = "nbd-resize"    // DEV ID BYTES
+	verbNBDRemove    = "nbd-remove"    // DEV ID: disconnect it, if nobody uses it
+	verbNBDSweep     = "nbd-sweep"     // DEV ID: the same, where nobody serves it
+	verbNBDDrop      = "nbd-drop"      // DEV ID: disconnect it
 )
 
 // answer is what the tool says on its standard output: one line of JSON.
@@ -57,7 +67,10 @@ func Tool(ctx context.Context, args []string, stdout io.Writer) int {
 		var st unix.Stat_t
 		err = unix.Stat(args[1], &st)
 	default:
-		return exitUsage
+		known := false
+		if a.Device, known, err = kernelTool(ctx, args); !known {
+			return exitUsage
+		}
 	}
 	if err != nil {
 		a.Error = err.Error()
@@ -70,6 +83,31 @@ func Tool(ctx context.Context, args []string, stdout io.Writer) int {
 		return exitUsage
 	}
 	return 0
+}
+
+// kernelTool carries out the verbs of the kernel's nbd driver; known is false for others.
+func kernelTool(ctx context.Context, args []string) (dev string, known bool, err error) {
+	want := map[string]int{verbNBDLoad: 1, verbNBDConnect: 4, verbNBDReconnect: 4, verbNBDResize: 4, verbNBDRemove: 3, verbNBDSweep: 3, verbNBDDrop: 3}
+	if len(args) == 0 || want[args[0]] != len(args) {
+		return "", false, nil
+	}
+	switch args[0] {
+	case verbNBDLoad:
+		err = nbdLoad(ctx)
+	case verbNBDConnect:
+		dev, err = nbdConnect(args[1], args[2], args[3])
+	case verbNBDReconnect:
+		err = nbdReconfigure(args[1], args[2], args[3], socketFD)
+	case verbNBDResize:
+		err = nbdReconfigure(args[1], args[2], args[3], -1)
+	case verbNBDRemove:
+		err = nbdRemove(ctx, args[1], args[2])
+	case verbNBDSweep:
+		err = nbdSweep(ctx, args[1], args[2])
+	case verbNBDDrop:
+		err = nbdDrop(ctx, args[1], args[2])
+	}
+	return dev, true, err
 }
 
 // toolError is what the tool said had failed.
@@ -92,6 +130,11 @@ const killDelay = time.Second
 // tool runs a verb and returns the device it answered with. When ctx ends it returns at once; a process that cannot die because it waits for its
 // volume is left behind, and ends when the volume is served again, or removed.
 func (f *Frontend) tool(ctx context.Context, args ...string) (string, error) {
+	return f.toolWith(ctx, nil, args...)
+}
+
+// toolWith is tool with a file that the process gets as descriptor 3, unless it is nil.
+func (f *Frontend) toolWith(ctx context.Context, file *os.File, args ...string) (string, error) {
 	type outcome struct {
 		a   answer
 		err error
@@ -110,6 +153,9 @@ func (f *Frontend) tool(ctx context.Context, args ...string) (string, error) {
 		defer context.AfterFunc(f.life, cancel)()
 		cmd := exec.CommandContext(both, argv[0], argv[1:]...)
 		cmd.Stdout, cmd.WaitDelay = &stdout, killDelay
+		if file != nil {
+			cmd.ExtraFiles = []*os.File{file}
+		}
 		var o outcome
 		if o.err = cmd.Run(); o.err == nil {
 			o.err = json.Unmarshal(stdout.Bytes(), &o.a)
