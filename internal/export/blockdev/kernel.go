@@ -393,10 +393,7 @@ func (k *kernelServed) stay() {
 // detach ends serving: requests that arrived are answered, and the connection waits with the Keeper. After an error it is served on.
 func (k *kernelServed) detach(ctx context.Context) error {
 	ended := k.leave()
-	given, err := k.server.Detach(ctx, k.volume)
-	if err == nil {
-		err = within(ctx, ended)
-	}
+	given, err := k.detachConn(ctx, ended)
 	if err != nil {
 		for _, d := range given {
 			err = errors.Join(err, d.File.Close())
@@ -416,6 +413,26 @@ func (k *kernelServed) detach(ctx context.Context) error {
 		}
 	}
 	return k.close()
+}
+
+// detachConn is the server's Detach, repeated until nothing is served: a connection that is just being taken up is not seen by it.
+func (k *kernelServed) detachConn(ctx context.Context, ended <-chan struct{}) (given []nbd.Detached, err error) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		more, err := k.server.Detach(ctx, k.volume)
+		given = append(given, more...)
+		if err != nil {
+			return given, err
+		}
+		select {
+		case <-ended:
+			return given, nil
+		case <-ctx.Done():
+			return given, context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
 }
 
 func within(ctx context.Context, done <-chan struct{}) error {
