@@ -95,7 +95,7 @@ func TestBlockDevice(t *testing.T) {
 	if got := sh(t, `blockdev --getsize64 "$(readlink -f "$1")"`, dev); got != "536870912" {
 		t.Errorf("the block device has %s bytes", got)
 	}
-	sh(t, `umount "$2"; e2fsck -fn "$1"; resize2fs "$1"; mount "$1" "$2"; head -c 300000000 /dev/zero > "$2/large"; umount "$2"; e2fsck -fn "$1"`, dev, mnt)
+	sh(t, `umount "$2"; e2fsck -fp "$1"; resize2fs "$1"; mount "$1" "$2"; head -c 300000000 /dev/zero > "$2/large"; umount "$2"; e2fsck -fn "$1"`, dev, mnt)
 	mounted = false
 	if err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
 		t.Fatal(err)

@@ -426,6 +426,34 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+// TestReopenTriesItsFrontendAgain: a volume whose socket's place is taken for a moment when it is reopened is not failed for that.
+func TestReopenTriesItsFrontendAgain(t *testing.T) {
+	b := newBed(t)
+	c := b.ready()
+	a := b.volume(c, 1, mib)
+	b.open(c, a)
+	if err := c.Shutdown(t.Context(), client.Shutdown{}); err != nil {
+		t.Fatal(err)
+	}
+	b.end()
+	socket := filepath.Join(b.runDir, "nbd", a.Volume+".sock")
+	if err := errors.Join(os.Remove(socket), os.WriteFile(socket, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	c = b.start()
+	eventually(t, "it was tried", func() bool {
+		f, err := loadOpenList(b.runDir, b.cfg.BootID)
+		return err == nil && f.snapshot().Volumes[a.VolumeID].Session > 2
+	})
+	if err := os.Remove(socket); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the volume is back", func() bool { st, ok := status(t, c, a.VolumeID); return ok && st.State == stateOpen })
+	if err := guest(t, b.runDir, a.Volume).write(0, page("x")); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRestartByVerb: without Holder the volumes are left for the next process.
 func TestRestartByVerb(t *testing.T) {
 	b := newBed(t)

@@ -42,7 +42,13 @@ const (
 	firstRetry     = 50 * time.Millisecond
 	longestRetry   = 2 * time.Second
 	maxVolumeBytes = 15 << 40
+	// maxFrontTries is how often a volume whose data is there, and whose frontend cannot be made, is tried when it is reopened: some 10 s in all. Then its users get errors rather
+	// than wait for ever.
+	maxFrontTries = 10
 )
+
+// errFront: the volume could be opened, and not be offered to its clients.
+var errFront = errors.New("its frontend cannot be made")
 
 // slot is a volume's place in this process.
 type slot struct {
@@ -272,7 +278,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev, s.entry = stateOpen, vol, rep, dev, e })
 	if err := p.enable(ctx, e.Open, dev); err != nil {
 		s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev = stateOpening, nil, nil, nil })
-		return undo(err)
+		return undo(fmt.Errorf("%w: %w", errFront, err))
 	}
 	if err := p.list.salvaged(e.Open.VolumeID); err != nil {
 		p.log.Error("salvage stays on record", "volume", e.Open.Volume, "error", err)
@@ -378,6 +384,7 @@ func (p *Process) reopen(f openFile) {
 // reopenSlot brings one volume up again, trying for as long as only the catalogue is missing. It has the slot's token, and lends it out between attempts.
 func (p *Process) reopenSlot(s *slot, e openEntry) {
 	e.Open.Salvage = false // was for once
+	fronts := 0
 	for pause := firstRetry; ; pause = min(2*pause, longestRetry) {
 		if e.Failed != "" {
 			p.failSlot(p.life, s, e, fmt.Errorf("%s: %w", e.Failed, volume.ErrNeedsSalvage))
@@ -385,14 +392,19 @@ func (p *Process) reopenSlot(s *slot, e openEntry) {
 			return
 		}
 		err := p.bringUp(p.life, s, e)
-		if err != nil && !errors.Is(err, volume.ErrUnreachable) {
+		again := errors.Is(err, volume.ErrUnreachable)
+		if errors.Is(err, errFront) {
+			fronts++
+			again = fronts < maxFrontTries
+		}
+		if err != nil && !again {
 			p.failSlot(p.life, s, e, err)
 		}
 		s.give()
-		if err == nil || !errors.Is(err, volume.ErrUnreachable) {
+		if !again {
 			return
 		}
-		p.log.Warn("volume waits for the catalogue", "volume", e.Open.Volume, "error", err)
+		p.log.Warn("volume is brought up again in a moment", "volume", e.Open.Volume, "error", err)
 		select {
 		case <-time.After(pause):
 		case <-p.life.Done():
