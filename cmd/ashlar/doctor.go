@@ -118,8 +118,8 @@ func lookAtMachine() []finding {
 		}
 	}
 	if major, minor := kernelVersion(release); major < 6 || major == 6 && minor < 9 {
-		out = append(out, note("kernel "+release+" cannot resend FUSE requests: a block device gets I/O errors if the data process dies suddenly (an upgrade is no sudden death)",
-			"a kernel of 6.9 or later, or NBD, whose clients reconnect on every kernel"))
+		out = append(out, note("kernel "+release+" cannot resend FUSE requests: block devices (attach --frontend blockdev) need its nbd driver",
+			"modprobe nbd, or a kernel of 6.9 or later"))
 	} else {
 		out = append(out, ok("kernel %s", release))
 	}

@@ -250,9 +250,7 @@ func TestUpgradeData(t *testing.T) {
 	// What runs is what any data process is: killed, it comes back, from the build that is installed.
 	b.kill("data")
 	b.dial("v3")
-	if v := b.volume("v0"); v.Robustness != "healthy" {
-		t.Errorf("v0: %+v", v)
-	}
+	b.until(10*time.Second, "v0 is healthy again", func() bool { return b.volume("v0").Robustness == "healthy" })
 	b.clean(names...)
 }
 

@@ -6,7 +6,7 @@
 //
 // Mount, loop device and link outlive the process. What keeps them alive is the session's descriptor, which a Keeper has a copy of: requests wait
 // while nobody serves, and whoever adds the volume next adopts the descriptor and goes on. Where the kernel cannot send requests again that a
-// dead process had read (before 6.9), the descriptor dies with the process and users get EIO; an orderly Detach carries over there too.
+// dead process had read (before 6.9), devices are of the nbd driver instead, or there are none.
 //
 // The serving process never does I/O on its own device, nor opens it: a thread that waits there when the process is killed could not die before the next
 // process answers, which waits for the first to die. Whatever touches the file or the loop device is therefore done by a short-lived process

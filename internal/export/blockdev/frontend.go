@@ -229,6 +229,8 @@ func (f *Frontend) Add(ctx context.Context, volume string, dev block.Device, o O
 			// What is held stays: nothing was lost yet.
 			return "", errors.Join(fmt.Errorf("blockdev: go on with %s: %w", volume, err), s.Detach(context.WithoutCancel(ctx)))
 		}
+	} else if !f.Resends() && !f.cfg.withoutResend {
+		return "", fmt.Errorf("blockdev: add %s: %w: this kernel is older than 6.9 and cannot send requests again after a kill, and has no nbd driver either (modprobe nbd)", volume, ErrUnsupported)
 	} else if s, err = f.begin(ctx, volume, cfg); err != nil {
 		return "", fmt.Errorf("blockdev: add %s: %w", volume, err)
 	}
