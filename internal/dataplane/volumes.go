@@ -501,8 +501,8 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	err, dev, space := s.err, s.dev, s.space
 	s.mu.Unlock()
 	st.Space = spaceOf(space.usage.Space)
-	if a.Frontend == frontendBlockdev && (vol != nil || st.State == stateFailed) {
-		stats := p.blockdev.Stats()[a.Volume]
+	// One that is only being made is no place to go to yet.
+	if stats, ok := p.blockdev.Stats()[a.Volume]; ok && a.Frontend == frontendBlockdev && (vol != nil || st.State == stateFailed) {
 		st.Endpoint, st.Clients = p.blockdev.Path(a.Volume), stats.Conns
 		st.Stats = client.Stats{ReadOps: stats.Reads, WriteOps: stats.Writes, FlushOps: stats.Flushes, ZeroOps: stats.Zeroes,
 			ReadBytes: stats.ReadBytes, WriteBytes: stats.WrittenBytes, Errors: stats.Errors}

@@ -102,6 +102,7 @@ func (c *crasher) kill(w *world, op disk.Op) {
 // examine opens what a crash left, compares, and sometimes goes on: with crashes during recovery, and with more operations and another crash.
 func (c *crasher) examine(f *world, from func(*unitModel) int) {
 	f.t.Helper()
+	f.lim.inline = true // one writer from here on: what runs in the background would change the disk, and be copied, in the middle of its steps
 	deeper := f.depth < 3 && c.rand.IntN(60*f.depth*f.depth) == 0
 	if deeper {
 		c.nested.Add(1)
