@@ -54,6 +54,7 @@ func files(binary string) []file {
 		{"packaging/debian/postinst", "DEBIAN/postinst", 0o755},
 		{"packaging/debian/prerm", "DEBIAN/prerm", 0o755},
 		{"packaging/debian/postrm", "DEBIAN/postrm", 0o755},
+		{"packaging/debian/config", "DEBIAN/config", 0o755},
 		{"packaging/debian/templates", "DEBIAN/templates", 0o644},
 	}
 }
