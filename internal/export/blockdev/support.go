@@ -64,7 +64,7 @@ func hasCapability(number int) (bool, error) {
 }
 
 // Resends tells whether the kernel can send again what a dead process had read (FUSE_NOTIFY_RESEND, Linux 6.9): then block devices pause when this process
-// is killed, and go on when the next one serves. Otherwise a kill means EIO to their users, unless they are devices of the kernel's nbd driver. It finds out once, by a mount that it takes away again; false also if
+// is killed, and go on when the next one serves. Otherwise Add makes devices of the kernel's nbd driver. It finds out once, by a mount that it takes away again; false also if
 // that failed.
 func (f *Frontend) Resends() bool {
 	f.probe.Do(func() {
