@@ -297,6 +297,7 @@ func (b *bed) install2(place, build string) {
 // TestUpgradeDataKilled kills one of the two data processes, or both, in the middle of a hand-over: every volume comes back with what was written, and nobody starts a third process beside two.
 func TestUpgradeDataKilled(t *testing.T) {
 	first, second := program, build(t, secondVersion, "")
+	firstVersion := programVersion(t)
 	b := newInstalled(t, first)
 	var names []string
 	for i := range 12 {
@@ -341,12 +342,18 @@ func TestUpgradeDataKilled(t *testing.T) {
 		if took > comeBack {
 			t.Errorf("round %d: it took %v", round, took)
 		}
-		// Which build runs now depends on who died. The next round goes to the other one.
-		if st, err := dataclient.New(dataclient.DataSocket(b.p.RunDir, secondVersion)).Hello(b.ctx); err == nil && st.Version == secondVersion {
-			b.install(first)
-		} else {
-			b.install(second)
-		}
+		// Which build runs now depends on who died. The next round goes to the other one. Volumes are served before the
+		// process that took them over answers requests, so ask until one does.
+		b.until(20*time.Second, "a data process that answers", func() bool {
+			for build, other := range map[string]string{secondVersion: first, firstVersion: second} {
+				st, err := dataclient.New(dataclient.DataSocket(b.p.RunDir, build)).Hello(b.ctx)
+				if err == nil && st.Version == build {
+					b.install(other)
+					return true
+				}
+			}
+			return false
+		})
 	}
 	b.clean(names...)
 }
