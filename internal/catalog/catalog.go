@@ -38,6 +38,8 @@ const (
 	KindEvent      Kind = "event"
 	KindCluster    Kind = "cluster" // one record: cluster id, format
 	KindToken      Kind = "token"   // credentials of REST clients; never their secrets
+	KindJoin       Kind = "join"    // join tokens; never their secrets
+	KindAlive      Kind = "alive"   // by node: there while the node's serve lives (Catalog.Hold)
 )
 
 // Part says whose half of a noun a record is.
@@ -77,8 +79,19 @@ type Catalog interface {
 	// again); ErrUnreachable if the catalogue went away (watch again from the last revision seen). fn is called by one goroutine at a time,
 	// and may call the Catalog.
 	Watch(ctx context.Context, from Rev, fn func(Event) error) error
+	// Hold puts a record that lasts as long as this call: it returns with ctx's error when ctx ends, after it tried to delete the record, or with ErrUnreachable when the catalogue may have given
+	// it up because nobody could say for ttl (at least a second) that the holder lives. A record under the key is replaced, whoever put it; one that lost its record so learns of
+	// it from Watch. No clocks are compared. held is called once, when the record is there.
+	Hold(ctx context.Context, h Holding, held func(Rev)) error
 	// Close ends every watch and call with ErrUnreachable, and waits for what it started.
 	Close() error
+}
+
+// Holding is a record that lasts as long as somebody holds it.
+type Holding struct {
+	Key   Key
+	Value []byte
+	TTL   time.Duration
 }
 
 var (
@@ -196,6 +209,37 @@ const (
 	SourceVolume   = "export-from-volume" // Parameters["volume-name"], ["export-type"] raw or qcow2, and ours: ["snapshot-name"]
 )
 
+// The ports of a node that is in a cluster, counted from the one of its address (docs/formats/cluster.md).
+const (
+	PortNode       = 0
+	PortEtcdPeer   = 1
+	PortEtcdClient = 2
+	PortData       = 3
+)
+
+// AliveTTL is how long a node may be silent before its record under KindAlive is gone.
+const AliveTTL = 6 * time.Second
+
+// Alive says that a node's serve runs and reaches the catalogue. Owner: that node, through Hold.
+type Alive struct {
+	Node    string    `json:"node"`
+	NodeID  string    `json:"nodeID,omitempty"`
+	BootID  string    `json:"bootID"`
+	Version string    `json:"version"`
+	Since   time.Time `json:"since"`
+}
+
+// Join is a join token. Owner: the API; Used…: the node that answered the joiner, by compare-and-swap.
+type Join struct {
+	Name       string    `json:"name"`
+	SHA256     string    `json:"sha256"` // of the secret, hex
+	Created    time.Time `json:"created"`
+	Expires    time.Time `json:"expires"`
+	Used       time.Time `json:"used,omitzero"`
+	UsedBy     string    `json:"usedBy,omitempty"`     // node name
+	UsedNodeID string    `json:"usedNodeID,omitempty"` // its id: a repeat by it is answered again
+}
+
 // The names of conditions, and their statuses.
 const (
 	ConditionScheduled          = "Scheduled"                // of a volume; owner: control
@@ -231,6 +275,18 @@ const (
 	// SettingBackgroundRate: what a node does for itself (purge, merge, checksums, imports, exports) moves at most this many MiB per second; 0: no limit.
 	SettingBackgroundRate        = "background-bandwidth-mib"
 	SettingBackgroundRateDefault = "0"
+	// SettingSoftNodes: two copies of a volume may be on one node when there is no other ("true").
+	SettingSoftNodes        = "replica-soft-anti-affinity"
+	SettingSoftNodesDefault = "false"
+	// SettingSoftZones: two copies of a volume may be in one zone when there is no other ("true").
+	SettingSoftZones        = "replica-zone-soft-anti-affinity"
+	SettingSoftZonesDefault = "true"
+	// SettingSoftDisks: two copies of a volume on one node may be on one disk ("true").
+	SettingSoftDisks        = "replica-disk-soft-anti-affinity"
+	SettingSoftDisksDefault = "true"
+	// SettingAutoBalance: detached volumes are moved when one disk is much fuller than another ("best-effort"), or not ("disabled").
+	SettingAutoBalance        = "replica-auto-balance"
+	SettingAutoBalanceDefault = "disabled"
 )
 
 // Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
@@ -247,24 +303,32 @@ type Placement struct {
 	ReplicaID string `json:"replicaID"` // 32 hex digits, never used again
 	Node      string `json:"node"`
 	DiskID    string `json:"diskID"`
+	// CopyOf is the replica that this one is to take the place of (docs/decisions/0017); "": none. Cleared by control when the membership names this one.
+	CopyOf string `json:"copyOf,omitempty"`
 }
 
 // VolumeWanted is what was asked for. Owners: the API (all but Replicas), control (Replicas).
 type VolumeWanted struct {
-	Name      string            `json:"name"`
-	ID        string            `json:"id"` // 32 hex digits
-	SizeBytes int64             `json:"sizeBytes"`
-	Image     string            `json:"image,omitempty"`   // its name
-	ImageID   string            `json:"imageID,omitempty"` // its id
-	Copies    int               `json:"copies"`
-	Frontend  string            `json:"frontend"` // "nbd", "blockdev"
-	Limits    Limits            `json:"limits,omitzero"`
-	Created   time.Time         `json:"created"`
-	Deleted   *time.Time        `json:"deleted,omitempty"` // tombstone: the agent deletes replicas after a linearizable read of it
-	Tickets   []Ticket          `json:"tickets,omitempty"`
-	Replicas  []Placement       `json:"replicas,omitempty"`
-	Salvage   bool              `json:"salvage,omitempty"` // a person decided to open the last copy though a flush failed
-	Labels    map[string]string `json:"labels,omitempty"`
+	Name      string      `json:"name"`
+	ID        string      `json:"id"` // 32 hex digits
+	SizeBytes int64       `json:"sizeBytes"`
+	Image     string      `json:"image,omitempty"`   // its name
+	ImageID   string      `json:"imageID,omitempty"` // its id
+	Copies    int         `json:"copies"`
+	Frontend  string      `json:"frontend"` // "nbd", "blockdev"
+	Limits    Limits      `json:"limits,omitzero"`
+	Created   time.Time   `json:"created"`
+	Deleted   *time.Time  `json:"deleted,omitempty"` // tombstone: the agent deletes replicas after a linearizable read of it
+	Tickets   []Ticket    `json:"tickets,omitempty"`
+	Replicas  []Placement `json:"replicas,omitempty"`
+	// Dropped are replicas whose place another has taken: their nodes destroy them (invariant 15), and control takes them out when they are gone. Owner: control.
+	Dropped []Placement `json:"dropped,omitempty"`
+	// NodeSelector and DiskSelector: only nodes, and disks, with all these tags; DataLocality "best-effort": the copy is moved, when the volume is detached, to the node that used it last.
+	NodeSelector []string          `json:"nodeSelector,omitempty"`
+	DiskSelector []string          `json:"diskSelector,omitempty"`
+	DataLocality string            `json:"dataLocality,omitempty"`
+	Salvage      bool              `json:"salvage,omitempty"` // a person decided to open the last copy though a flush failed
+	Labels       map[string]string `json:"labels,omitempty"`
 }
 
 // Limits bound what a volume's clients may ask per second, reads and writes together; zero: no limit. Up to BurstSeconds the burst rates hold.
@@ -386,6 +450,8 @@ type ImageWanted struct {
 	Parameters       map[string]string `json:"parameters"`
 	ExpectedChecksum string            `json:"expectedChecksum,omitempty"` // "sha512:…" or "sha256:…"
 	MinCopies        int               `json:"minCopies"`
+	NodeSelector     []string          `json:"nodeSelector,omitempty"`
+	DiskSelector     []string          `json:"diskSelector,omitempty"`
 	Disks            []string          `json:"disks,omitempty"` // wanted disks, by id
 	Created          time.Time         `json:"created"`
 	Deleted          *time.Time        `json:"deleted,omitempty"`
@@ -415,9 +481,13 @@ type ImageOnDisk struct {
 	LastTransitionTime time.Time `json:"lastTransitionTime"`
 }
 
-// NodeWanted is a node's settings. Owner: the API; made by the agent at first start.
+// NodeWanted is a node's settings. Owners: the API; Voter: control. Made by the agent at first start, or by the node that answered its join.
 type NodeWanted struct {
 	Name              string                `json:"name"`
+	ID                string                `json:"id,omitempty"`      // of a node that joined or ran cluster init: 32 hex digits, never used again
+	Deleted           *time.Time            `json:"deleted,omitempty"` // the node is to be forgotten: set when nothing lies on it any more, or by force
+	Voter             bool                  `json:"voter,omitempty"`   // it keeps a member of the embedded etcd
+	Zone              string                `json:"zone,omitempty"`
 	AllowScheduling   bool                  `json:"allowScheduling"`
 	EvictionRequested bool                  `json:"evictionRequested,omitempty"`
 	Tags              []string              `json:"tags,omitempty"`
@@ -436,7 +506,11 @@ type DiskWanted struct {
 // NodeObserved is a node as it is. Owner: its agent.
 type NodeObserved struct {
 	Name       string                  `json:"name"`
-	Address    string                  `json:"address"`
+	Address    string                  `json:"address"`        // host; in a cluster, where others reach it
+	Port       int                     `json:"port,omitempty"` // the first of its four ports; 0: it is in no cluster
+	APIMin     int                     `json:"apiMin,omitempty"`
+	APICurrent int                     `json:"apiCurrent,omitempty"` // the window of versions it speaks to other nodes
+	Member     string                  `json:"member,omitempty"`     // of a voter: its etcd member, "" (none), learner, voter, or why it failed
 	BootID     string                  `json:"bootID"`
 	Version    string                  `json:"version"`
 	Ready      bool                    `json:"ready"`

@@ -55,3 +55,9 @@ func EventKey(id string) Key { return Key{KindEvent, Wanted, id} }
 
 // ClusterKey names the one record of the cluster.
 func ClusterKey() Key { return Key{KindCluster, Wanted, "cluster"} }
+
+// JoinKey names a join token.
+func JoinKey(name string) Key { return Key{KindJoin, Wanted, name} }
+
+// AliveKey names the record that is there while a node lives.
+func AliveKey(node string) Key { return Key{KindAlive, Observed, node} }

@@ -3,6 +3,7 @@ package catalog
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -179,6 +180,49 @@ func (m *Mem) after(ctx context.Context, from Rev) ([]Event, <-chan struct{}, er
 	}
 	i, _ := slices.BinarySearchFunc(m.history, from+1, func(ev Event, r Rev) int { return int(ev.Rev - r) })
 	return m.history[i:len(m.history):len(m.history)], m.changed, nil
+}
+
+// Hold implements Catalog. Nothing but ctx, Drop and Close ends it: whoever wants a holder to be given up for dead calls Drop.
+func (m *Mem) Hold(ctx context.Context, h Holding, held func(Rev)) error {
+	if err := CheckRecord(h.Key, h.Value); err != nil {
+		return err
+	}
+	var rev Rev
+	for {
+		e, err := m.Get(ctx, h.Key)
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		if rev, err = m.Put(ctx, h.Key, h.Value, e.Rev); err == nil {
+			break
+		}
+		if !errors.Is(err, ErrConflict) {
+			return err
+		}
+	}
+	held(rev)
+	gone := errors.New("given up")
+	err := m.Watch(ctx, rev, func(ev Event) error {
+		if ev.Key == h.Key {
+			return gone
+		}
+		return nil
+	})
+	if errors.Is(err, gone) {
+		return fmt.Errorf("%s was given up: %w", h.Key, ErrUnreachable)
+	}
+	_ = m.Delete(context.WithoutCancel(ctx), h.Key, rev) // somebody else's by now, perhaps
+	return err
+}
+
+// Drop gives a held record up, as if nobody had heard of its holder for its ttl.
+func (m *Mem) Drop(k Key) error {
+	ctx := context.Background()
+	e, err := m.Get(ctx, k)
+	if err != nil {
+		return err
+	}
+	return m.Delete(ctx, k, e.Rev)
 }
 
 // Close implements Catalog.

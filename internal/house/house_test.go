@@ -18,7 +18,7 @@ import (
 const module = "ashlar/"
 
 // dataPath are the packages below the data process; dataplane may import each of them.
-var dataPath = []string{"block", "block/limit", "disk", "nbd", "layer", "image", "replica", "replica/local", "volume", "export", "export/fuse", "export/blockdev", "job"}
+var dataPath = []string{"block", "block/limit", "disk", "nbd", "layer", "image", "replica", "replica/local", "replica/remote", "volume", "export", "export/fuse", "export/blockdev", "job"}
 
 // mayImport is the floors table of the design: what of ours a package may import. A package that is not listed may not exist.
 // Changing it takes a record in docs/decisions.
@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"replica":             {"block"},
 	"replica/replicatest": {"block", "block/blocktest", "replica"},
 	"replica/local":       {"block", "disk", "image", "layer", "replica"},
+	"replica/remote":      {"block", "nbd", "replica"},
 	"volume":              {"block", "replica"},
 	"volume/ledgertest":   {"replica", "volume"},
 	"export/fuse":         {"block"},
@@ -54,6 +55,8 @@ var mayImport = map[string][]string{
 	"identity":            {},
 	"api":                 {"catalog", "identity"}, // identity: decision 0012
 	"api/client":          {"api"},
+	"cluster":             {"catalog", "catalog/etcd", "identity", "dataplane/client"}, // decision 0016
+	"sim":                 {"*"},
 	"node":                {"*"},
 	"testbed":             {"*"},
 	"house":               {},

@@ -40,6 +40,7 @@ type View struct {
 	Operations  map[string]map[string]Half[catalog.Operation] // by volume name, then id
 	Settings    map[string]string
 	Events      map[string]Half[catalog.EventRecord]
+	Alive       map[string]Half[catalog.Alive] // by node: those that live
 }
 
 // NewView returns a View of an empty catalogue.
@@ -53,7 +54,7 @@ func NewView() *View {
 func (v *View) Reset() {
 	*v = View{
 		Nodes: map[string]Node{}, Images: map[string]Image{}, Volumes: map[string]Volume{}, Memberships: map[string]Half[catalog.Membership]{},
-		Operations: map[string]map[string]Half[catalog.Operation]{}, Settings: map[string]string{}, Events: map[string]Half[catalog.EventRecord]{},
+		Operations: map[string]map[string]Half[catalog.Operation]{}, Settings: map[string]string{}, Events: map[string]Half[catalog.EventRecord]{}, Alive: map[string]Half[catalog.Alive]{},
 	}
 }
 
@@ -83,6 +84,8 @@ func (v *View) Apply(ev catalog.Event) error {
 		return err
 	case catalog.KindEvent:
 		return applyMap(v.Events, name, ev)
+	case catalog.KindAlive:
+		return applyMap(v.Alive, name, ev)
 	}
 	return nil // of a later version
 }

@@ -245,6 +245,40 @@ func (s *Store) Watch(ctx context.Context, from catalog.Rev, fn func(catalog.Eve
 
 var errWatchEnded = errors.New("watch ended")
 
+// Hold implements catalog.Catalog, with a lease of etcd's.
+func (s *Store) Hold(ctx context.Context, h catalog.Holding, held func(catalog.Rev)) error {
+	if err := catalog.CheckRecord(h.Key, h.Value); err != nil {
+		return err
+	}
+	call, end, err := s.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
+	lease, err := s.client.Grant(call, max(1, int64(h.TTL/time.Second)))
+	if err != nil {
+		return s.failed(ctx, err)
+	}
+	r, err := s.client.Put(call, storeKey(h.Key), string(h.Value), clientv3.WithLease(lease.ID))
+	if err != nil {
+		return s.failed(ctx, err)
+	}
+	beats, err := s.client.KeepAlive(call, lease.ID)
+	if err != nil {
+		return s.failed(ctx, err)
+	}
+	held(catalog.Rev(r.Header.Revision))
+	for range beats {
+	}
+	if ctx.Err() != nil {
+		bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_, _ = s.client.Revoke(bye, lease.ID) // the lease runs out by itself
+		return ctx.Err()
+	}
+	return fmt.Errorf("%s was given up: %w", h.Key, catalog.ErrUnreachable)
+}
+
 // Close implements catalog.Catalog: it ends every call, waits for them, and stops the embedded member.
 func (s *Store) Close() error {
 	s.mu.Lock()

@@ -102,6 +102,16 @@ func (c *Client) SetBackground(ctx context.Context, a Background) error {
 	return c.say(ctx, "set-background", a)
 }
 
+// SetCluster implements Service.
+func (c *Client) SetCluster(ctx context.Context, a Cluster) error {
+	return c.say(ctx, "set-cluster", a)
+}
+
+// CopyReplica implements Service.
+func (c *Client) CopyReplica(ctx context.Context, a CopyReplica) (Job, error) {
+	return call[Job](ctx, c.caller, "copy-replica", a)
+}
+
 // SetNetwork implements Service.
 func (c *Client) SetNetwork(ctx context.Context, a Network) error {
 	return c.say(ctx, "set-network", a)

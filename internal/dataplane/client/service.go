@@ -49,6 +49,10 @@ type Service interface {
 	SetBackground(ctx context.Context, a Background) error
 	// SetNetwork begins, changes or ends the offer over TCP. ErrInvalid (beyond loopback without certificates, certificates that cannot be read), ErrInUse (the port).
 	SetNetwork(ctx context.Context, a Network) error
+	// SetCluster says which cluster the node is in, from now on. ErrInvalid (files that cannot be read), ErrInUse (the port).
+	SetCluster(ctx context.Context, a Cluster) error
+	// CopyReplica starts a copy, or returns the one that runs or ended. ErrNotFound (disk), ErrInvalid.
+	CopyReplica(ctx context.Context, a CopyReplica) (Job, error)
 	// OpenSource makes a snapshot or an image readable. ErrNotFound, ErrInvalid.
 	OpenSource(ctx context.Context, a OpenSource) (Source, error)
 	// CloseSource ends that, also for clients that still read. Content when there is none.
@@ -91,6 +95,8 @@ func handler(s Service, w Window) http.Handler {
 	handle(mux, "set-limits", noOutput(s.SetLimits))
 	handle(mux, "set-background", noOutput(s.SetBackground))
 	handle(mux, "set-network", noOutput(s.SetNetwork))
+	handle(mux, "set-cluster", noOutput(s.SetCluster))
+	handle(mux, "copy-replica", s.CopyReplica)
 	handle(mux, "open-source", s.OpenSource)
 	handle(mux, "close-source", noOutput(s.CloseSource))
 	handle(mux, "export-image", s.ExportImage)

@@ -14,7 +14,7 @@ import (
 // APIMin and APICurrent are the window of wire versions this build speaks; a side refuses a peer outside its window and names both.
 const (
 	APIMin     = 1
-	APICurrent = 2
+	APICurrent = 3
 )
 
 // Hello is what a data process says of itself.
@@ -97,10 +97,12 @@ type OpenVolume struct {
 	VolumeID  string `json:"volumeID"`
 	Volume    string `json:"volume"`
 	Node      string `json:"node"`
-	DiskID    string `json:"diskID"` // of the one local replica
+	DiskID    string `json:"diskID"` // of the one replica, on its node
 	ReplicaID string `json:"replicaID"`
-	Frontend  string `json:"frontend"` // "nbd", "blockdev", or "" for none
-	Salvage   bool   `json:"salvage,omitempty"`
+	// ReplicaNode is the node that has the replica; "" or Node: this one. Another's is reached through the Cluster's peers.
+	ReplicaNode string `json:"replicaNode,omitempty"`
+	Frontend    string `json:"frontend"` // "nbd", "blockdev", or "" for none
+	Salvage     bool   `json:"salvage,omitempty"`
 	// Limits hold from the first request on. They do not count when it is asked whether the volume is open with the same arguments: SetLimits changes them.
 	Limits Limits `json:"limits,omitzero"`
 }
@@ -134,6 +136,41 @@ type Network struct {
 	CertFile string `json:"certFile,omitempty"`
 	KeyFile  string `json:"keyFile,omitempty"`
 	ClientCA string `json:"clientCA,omitempty"`
+}
+
+// Cluster is what a data process is told of the cluster its node is in: where it listens for other nodes' data processes, which of them may come, and where they are. Recorded in
+// open.json, so that a restarted process needs nobody to go on. A zero Cluster ends it: nothing is listened to, and remote replicas cannot be reached.
+type Cluster struct {
+	ClusterID string `json:"clusterID"`
+	Node      string `json:"node"`
+	Listen    string `json:"listen"` // HOST:PORT (catalog.PortData)
+	// Paths of PEM, read at the call and whenever they change: this node's certificate, its key, and the one authority trusted (docs/formats/cluster.md).
+	CertFile string `json:"certFile"`
+	KeyFile  string `json:"keyFile"`
+	CAFile   string `json:"caFile"`
+	Peers    []Peer `json:"peers"` // every node of the cluster but this one, sorted by name
+}
+
+// Peer is another node. Its certificate has its name and its id.
+type Peer struct {
+	Node   string `json:"node"`
+	NodeID string `json:"nodeID"`
+	Data   string `json:"data"`   // HOST:PORT of its data process
+	Ledger string `json:"ledger"` // HOST:PORT of its serve, for membership records while this node's own is down
+}
+
+// CopyReplica starts a job that copies a replica of a volume, which nobody has open, from another node (or another disk of this one) and puts the copy in its place
+// (docs/decisions/0017): claim the next epoch, copy every layer, make it durable, swap the membership record. Idempotent by ReplicaID while it runs and once it is done. CancelImport (with
+// ImageID = ReplicaID) gives it up and forgets it; what was swapped stays swapped.
+type CopyReplica struct {
+	VolumeID  string `json:"volumeID"`
+	Volume    string `json:"volume"`
+	Node      string `json:"node"`      // this one
+	DiskID    string `json:"diskID"`    // where the copy goes
+	ReplicaID string `json:"replicaID"` // the copy's
+	From      string `json:"from"`      // the replica that is copied
+	FromNode  string `json:"fromNode"`
+	ImageID   string `json:"imageID,omitempty"` // must be on the disk
 }
 
 // OpenSource asks for something to be readable as a read-only NBD export on a socket of its own: a snapshot of an open volume (VolumeID and Snapshot), or an image
@@ -261,10 +298,12 @@ type Operate struct {
 
 // ImportImage starts a work process that fetches, verifies and converts an image onto a disk. Idempotent by ImageID while it runs or once it is ready.
 type ImportImage struct {
-	DiskID   string `json:"diskID"`
-	ImageID  string `json:"imageID"`
-	Name     string `json:"name"`
-	Source   string `json:"source"`             // http(s) or nbd(s) URL, an absolute path, or stream+unix:///PATH: a socket to connect to and read the file's bytes from
+	DiskID  string `json:"diskID"`
+	ImageID string `json:"imageID"`
+	Name    string `json:"name"`
+	// Source is an http(s) or nbd(s) URL, an absolute path, stream+unix:///PATH (a socket to connect to and read the file's bytes from), or peer://NODE/DISKID: the same image, ready on
+	// a disk of another node or of this one, whose content is copied, checked against its digest, and goes on saying what the original says of the file as received.
+	Source   string `json:"source"`
 	Checksum string `json:"checksum,omitempty"` // sha512:… or sha256:…
 	// SizeBytes is what a stream must hold; -1: not known. Other sources know theirs.
 	SizeBytes int64 `json:"sizeBytes,omitempty"`
@@ -273,7 +312,7 @@ type ImportImage struct {
 // Job is an import or an export under way or ended.
 type Job struct {
 	ID         string      `json:"id"`             // the image's, or the export's
-	Kind       string      `json:"kind,omitempty"` // "" or "import", "export"
+	Kind       string      `json:"kind,omitempty"` // "" or "import", "export", "copy" (of a replica)
 	DiskID     string      `json:"diskID"`
 	State      string      `json:"state"` // running, done, failed
 	DoneBytes  int64       `json:"doneBytes"`
@@ -322,6 +361,7 @@ type State struct {
 	Rev     uint64         `json:"rev"`
 	Hello   Hello          `json:"hello"`
 	Network Network        `json:"network,omitzero"`
+	Cluster Cluster        `json:"cluster,omitzero"`
 	Disks   []DiskStatus   `json:"disks"`
 	Volumes []VolumeStatus `json:"volumes"`
 	Jobs    []Job          `json:"jobs"`
