@@ -45,6 +45,10 @@ type Config struct {
 	Disks map[string]catalog.DiskWanted
 	// Network is where attached volumes are offered over TCP beside their sockets; the zero value: nowhere. That it cannot be done the node's condition Network says.
 	Network client.Network
+	// Cluster says where this node is in its cluster and what it shows other nodes; nil: in a cluster of one that listens nowhere.
+	Cluster *ClusterFiles
+	// Member says what this node is in the catalogue's own cluster: voter, learner or client. It is asked often and must not wait. Nil: "".
+	Member func() string
 	// Stop asks this process to end; Shutdown calls it last. Nil: nothing.
 	Stop func()
 	// Resync is how often it looks although nothing happened; zero: 30 s.
@@ -55,6 +59,15 @@ type Config struct {
 	NewID func() string
 	// Log takes what a record cannot; nil: dropped.
 	Log *slog.Logger
+}
+
+// ClusterFiles is what a node is in its cluster (docs/formats/cluster.md, sections 1 and 2). Files are paths; what is in them may be replaced at any time.
+type ClusterFiles struct {
+	ClusterID, NodeID string
+	Host              string // what others reach it by, without a port
+	Port              int    // the first of its ports; catalog.PortNode and so on are added to it
+	// CertFile and KeyFile are shown to other nodes, CAFile is the authority that theirs must be of; PEM.
+	CertFile, KeyFile, CAFile string
 }
 
 var (
