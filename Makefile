@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both do their own set-up on a fresh Debian 12 with Go and root.
 
-PACKAGES = qemu-utils qemu-system-x86 nbdkit libnbd-bin fio busybox-static kmod cpio e2fsprogs xfsprogs fdisk linux-image-cloud-amd64 mmdebstrap curl strace xz-utils zstd
+PACKAGES = qemu-utils qemu-system-x86 nbdkit libnbd-bin fio busybox-static kmod cpio e2fsprogs xfsprogs fdisk linux-image-cloud-amd64 mmdebstrap curl strace xz-utils zstd iproute2
 VERSION ?= 0.3.$(shell git rev-list --count HEAD 2>/dev/null || echo 0)$(shell git describe --always --dirty 2>/dev/null | sed s/^/-g/)
 
 .PHONY: build deb demo test bench mutants fuzz lint quick deps clean

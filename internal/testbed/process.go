@@ -24,9 +24,12 @@ import (
 // Run.
 type Process struct {
 	Bin     string // the program
+	Name    string // the node's
 	DataDir string
 	RunDir  string
 	Listen  string // host:port of REST
+	// Namespace is the network namespace its processes run in; "": this process's own. Its sockets are files, and reached from anywhere.
+	Namespace string
 
 	serve *exec.Cmd
 	log   *os.File
@@ -50,25 +53,34 @@ func (e *CommandError) Error() string {
 	return fmt.Sprintf("ashlar %s: exit code %d: %s", strings.Join(e.Args, " "), e.Code, strings.TrimSpace(e.Stderr))
 }
 
-// StartProcess makes the directories below dir, starts `ashlar serve` and waits until it is ready. dir must be short: sockets lie in it.
+// StartProcess starts a node called node1 with a free port in a directory; see Start.
 func StartProcess(ctx context.Context, bin, dir string) (*Process, error) {
 	port, err := freePort()
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{Bin: bin, DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), Listen: "127.0.0.1:" + strconv.Itoa(port)}
+	p := &Process{Bin: bin, Name: "node1", Listen: "127.0.0.1:" + strconv.Itoa(port)}
+	if err := p.Start(ctx, dir); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+// Start makes the directories below dir, starts `ashlar serve` and waits until it is ready. dir must be short: sockets lie in it. After an error nothing runs.
+func (p *Process) Start(ctx context.Context, dir string) (err error) {
+	p.DataDir, p.RunDir = filepath.Join(dir, "data"), filepath.Join(dir, "run")
 	for _, d := range []string{p.DataDir, p.RunDir} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	if p.log, err = os.OpenFile(filepath.Join(dir, "serve.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
-		return nil, err
+		return err
 	}
 	if err := p.StartServe(ctx); err != nil {
-		return nil, errors.Join(err, p.Stop(context.WithoutCancel(ctx)))
+		return errors.Join(err, p.Stop(context.WithoutCancel(ctx)))
 	}
-	return p, nil
+	return nil
 }
 
 func freePort() (int, error) {
@@ -82,7 +94,11 @@ func freePort() (int, error) {
 
 // StartServe starts `ashlar serve` (again) and waits until it is ready.
 func (p *Process) StartServe(ctx context.Context) error {
-	p.serve = exec.Command(p.Bin, "serve", "--data-dir", p.DataDir, "--run-dir", p.RunDir, "--listen", p.Listen, "--name", "node1")
+	args := []string{p.Bin, "serve", "--data-dir", p.DataDir, "--run-dir", p.RunDir, "--listen", p.Listen, "--name", p.Name}
+	if p.Namespace != "" {
+		args = append([]string{"nsenter", "--net=/var/run/netns/" + p.Namespace}, args...)
+	}
+	p.serve = exec.Command(args[0], args[1:]...)
 	p.serve.Stdout, p.serve.Stderr = p.log, p.log
 	p.serve.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := p.serve.Start(); err != nil {
