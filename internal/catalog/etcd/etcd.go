@@ -24,8 +24,11 @@ import (
 // Options say where the catalogue is: exactly one of Dir and Endpoints.
 type Options struct {
 	Dir       string       // of the embedded member; made if it is not there
-	Endpoints []string     // of an existing etcd
-	TLS       *tls.Config  // for Endpoints; nil: none
+	Member    *Member      // with Dir: a member that others reach; nil: it is alone and listens nowhere
+	Endpoints []string     // of an existing etcd, or of voters by a node that is none; tried in this order
+	Sync      bool         // Endpoints are our own voters: follow their member list
+	TLS       *tls.Config  // for Endpoints; nil: none, or Files
+	Files     Files        // for Endpoints instead of TLS; followed when they change
 	Log       *slog.Logger // errors of etcd itself; nil: dropped
 }
 
