@@ -31,7 +31,7 @@ type Service interface {
 	// ErrExists (open with other arguments).
 	OpenVolume(ctx context.Context, a OpenVolume) (VolumeStatus, error)
 	// CloseVolume ends the export, waits for requests under way, flushes and gives the writer up. Content when it is not open. An error of the last flush
-	// is returned, and the volume is closed all the same.
+	// is returned, and the volume is closed all the same. ErrUnreachable, and it stays open, while its replica's node does not answer (see CloseVolume.Force).
 	CloseVolume(ctx context.Context, a CloseVolume) error
 	// Operate does one verb on an open volume. ErrNotFound (volume not open, no such snapshot), ErrExists, ErrFrontend, ErrInvalid, ErrFailed.
 	Operate(ctx context.Context, a Operate) (VolumeStatus, error)

@@ -243,8 +243,12 @@ type VolumeStatus struct {
 	Volume    string `json:"volume"`
 	ReplicaID string `json:"replicaID"`
 	DiskID    string `json:"diskID"`
-	Frontend  string `json:"frontend"`
-	Endpoint  string `json:"endpoint,omitempty"` // nbd+unix:///VOLUME?socket=PATH
+	// ReplicaNode is as in OpenVolume. What is said of layers and space of another node's replica is what it said last.
+	ReplicaNode string `json:"replicaNode,omitempty"`
+	// Away says since when and why the replica's node does not answer; I/O waits. Empty: it answers.
+	Away     string `json:"away,omitempty"`
+	Frontend string `json:"frontend"`
+	Endpoint string `json:"endpoint,omitempty"` // nbd+unix:///VOLUME?socket=PATH
 	// TCPEndpoint, while there is a Network, is where it is offered over TCP: nbd://HOST:PORT/VOLUME, or nbds with TLS.
 	TCPEndpoint string  `json:"tcpEndpoint,omitempty"`
 	SizeBytes   int64   `json:"sizeBytes"`
@@ -323,9 +327,13 @@ type Job struct {
 	Image      *ImageFound `json:"image,omitempty"`
 }
 
-// CloseVolume names a volume to close.
+// CloseVolume names a volume to close. What its guests wrote is flushed, and the record says that nobody writes any more, before it answers.
 type CloseVolume struct {
 	VolumeID string `json:"volumeID"`
+	// Force waits for neither a flush nor a clean release that cannot be had, because the replica's node does not answer: the connection to it is ended, and the volume is closed here. What was
+	// acknowledged is in that node's memory or on its disk; what was not flushed is lost only if that node restarts before it has written it out, or never comes back. The record goes on naming this
+	// writer, which whoever opens next takes as one that died. Without Force such a volume is not closed, with CodeUnreachable. A Force comes through while a close without it waits.
+	Force bool `json:"force,omitempty"`
 }
 
 // WaitState asks for the state as soon as its revision is another than AfterRev.
@@ -344,7 +352,8 @@ type DeleteImage struct {
 	ImageID string `json:"imageID"`
 }
 
-// Check asks for every layer of a replica to be checked: by volume if it is open, else by disk and replica.
+// Check asks for every layer of a replica to be checked: by volume if it is open, else by disk and replica. The data process that has the replica answers: of a volume whose replica is another node's
+// that one is asked, by disk and replica (CodeInvalid here).
 type Check struct {
 	VolumeID  string `json:"volumeID"`
 	DiskID    string `json:"diskID,omitempty"`
