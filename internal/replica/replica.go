@@ -220,6 +220,8 @@ var (
 	ErrPruned = errors.New("snapshot was removed and purged, and cannot be read any more")
 	// ErrNotBelow: the older of two snapshots to be compared is not one that the newer one stands on.
 	ErrNotBelow = errors.New("snapshot does not lie below the other")
+	// ErrRestarted: the replica's host was booted again while its writer lived on, so that what was written and not flushed may be gone (invariant 8). Nothing it says counts until it is fenced anew.
+	ErrRestarted = errors.New("the replica's host was booted again under its writer")
 	// ErrChain: the replica's chain is neither the one the change starts from nor the one it leads to.
 	ErrChain = errors.New("chain does not match")
 )

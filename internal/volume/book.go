@@ -115,6 +115,8 @@ func (v *Volume) verbError(i int, what string, err error) error {
 	switch {
 	case errors.Is(err, block.ErrFenced):
 		v.end(StateFenced, err)
+	case errors.Is(err, replica.ErrRestarted):
+		return v.lose(err)
 	case errors.Is(err, block.ErrFailed):
 		return v.fail(i, err)
 	}

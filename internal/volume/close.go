@@ -10,7 +10,7 @@ import (
 
 // Close cancels a verb under way (it is finished or undone by whatever comes next), stops I/O, flushes, records that nobody writes any more (the detach), and closes the copies. It is done even when it returns an error: nothing is
 // served afterwards. With ErrUnreachable, or after a crash in between, the record still names this writer, which the next open takes as a writer that died.
-// Called again it does nothing.
+// Once ctx has ended it waits for no copy any more, whatever that is doing. Called again it does nothing.
 func (v *Volume) Close(ctx context.Context) error {
 	return v.stop(ctx, leaveForGood)
 }
@@ -26,6 +26,12 @@ func (v *Volume) HandOver(ctx context.Context) error {
 	return v.stop(ctx, leaveToSuccessor)
 }
 
+// Abandon is Close without anything that would wait: I/O and verbs under way end with block.ErrClosed, nothing is flushed, and the record goes on naming this writer, which the next open takes as one that died.
+// It is for a copy that does not answer.
+func (v *Volume) Abandon() error {
+	return v.stop(context.Background(), leaveAtOnce)
+}
+
 // leaving is how a volume is given up.
 type leaving int
 
@@ -33,6 +39,7 @@ const (
 	leaveForGood     leaving = iota // flushed and detached
 	leaveFlushed                    // to whoever resumes it some time
 	leaveToSuccessor                // to one that resumes it now
+	leaveAtOnce                     // as if killed
 )
 
 func (v *Volume) stop(ctx context.Context, how leaving) error {
@@ -46,6 +53,15 @@ func (v *Volume) stop(ctx context.Context, how leaving) error {
 	v.mu.Unlock()
 	v.cancel()
 	v.bg.Wait()
+	if how == leaveAtOnce {
+		return v.closeCopies(nil)
+	}
+	// A copy that does not answer would hold up verbs, I/O and the flush for as long as that lasts.
+	defer context.AfterFunc(ctx, func() {
+		for _, r := range v.copies {
+			r.Close() //nolint:errcheck // it is closed below, too
+		}
+	})()
 
 	var errs []error
 	token := v.acquire(ctx)
@@ -61,10 +77,17 @@ func (v *Volume) stop(ctx context.Context, how leaving) error {
 	if detach && token == nil && (drained == nil || v.down() != nil) {
 		errs = append(errs, v.detach(ctx))
 	}
+	return v.closeCopies(errs)
+}
+
+// closeCopies is the end of every way to stop; errs are what went wrong before.
+func (v *Volume) closeCopies(errs []error) error {
 	v.end(StateClosed, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrClosed))
 	errs = append(errs, v.gate.Close())
 	for _, r := range v.copies {
-		errs = append(errs, r.Close())
+		if err := r.Close(); !errors.Is(err, block.ErrClosed) { // it may have been closed because ctx ended
+			errs = append(errs, err)
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close volume %s: %w", v.cfg.Name, err)
@@ -97,7 +120,11 @@ func (v *Volume) drain(ctx context.Context, how leaving) error {
 	defer v.gate.Release()
 	if how != leaveToSuccessor {
 		for i, r := range v.copies {
-			if err := r.Flush(); err != nil {
+			err := r.Flush()
+			if errors.Is(err, block.ErrClosed) && ctx.Err() != nil {
+				return fmt.Errorf("not flushed: replica %s did not answer: %w", v.cfg.Replicas[i].ID, context.Cause(ctx))
+			}
+			if err != nil {
 				return v.verbError(i, "flush", fmt.Errorf("%w: %w", block.ErrFailed, err))
 			}
 		}
@@ -111,6 +138,8 @@ func (v *Volume) detach(ctx context.Context) error {
 	var failure error
 	if e := v.ended.Load(); e != nil && e.state == StateFenced {
 		return nil // the record is another writer's
+	} else if e != nil && e.state == StateLost {
+		return nil // the next open finds a writer that died and a copy that was booted again, and that is how it was
 	} else if e != nil && e.state == StateFailed {
 		failure = e.err
 	}

@@ -182,7 +182,7 @@ func (d *device) Flush() error {
 	}
 	for i, r := range d.copies {
 		if err := r.Flush(); err != nil {
-			if errors.Is(err, block.ErrFenced) || errors.Is(err, block.ErrClosed) {
+			if errors.Is(err, block.ErrFenced) || errors.Is(err, block.ErrClosed) || errors.Is(err, replica.ErrRestarted) {
 				return d.v.note(err)
 			}
 			return d.v.fail(i, fmt.Errorf("flush: %w", err))

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"ashlar/internal/block"
 	"ashlar/internal/replica"
 )
 
@@ -237,6 +238,17 @@ type Attachment struct {
 	GuestsGone bool
 	// Reopener opens; it is the last writer's host in its same boot if both agree with the record.
 	Reopener Claimant
+	// Epoch is the one that the opener's guests were served under and still wait for; 0: there are none.
+	Epoch uint64
+}
+
+// CheckGuests refuses to go on for guests who were served under an epoch that is over: somebody else opened the volume since, and wrote what they do not know of (invariant 9). block.ErrFenced. An epoch that
+// was only claimed served nobody, and one that this very host opened in this boot was opened for them.
+func CheckGuests(rec replica.Record, a Attachment) error {
+	if a.Epoch == 0 || rec.Opened <= a.Epoch || a.Reopener == (Claimant{Node: rec.WriterNode, Boot: rec.WriterBoot}) {
+		return nil
+	}
+	return fmt.Errorf("its guests were served under epoch %d, and epoch %d opened since: %w: detach them", a.Epoch, rec.Opened, block.ErrFenced)
 }
 
 // CheckIncarnations compares where the members in sync are now with where the record saw them last (invariant 8). After a clean close nothing was unflushed and nothing can be

@@ -14,7 +14,7 @@ import (
 //
 // Ways to be refused, with nothing served: ErrNoRecord; ErrUnreachable (ask again; an epoch may have been used up); ErrConflict (somebody else claims it);
 // ErrStaleCatalogue; ErrStaleReplica; ErrNeedsSalvage; ErrLost; ErrNoMember; ErrSeveral; replica.ErrChain if a copy's layers are not the record's;
-// block.ErrFenced if a newer writer came in between. The caller then still owns the replicas.
+// block.ErrFenced if a newer writer came in between, or since the epoch that Config.Guests names. The caller then still owns the replicas.
 //
 //	look at the copies ──Resume──► fence with a higher session ─────────────────────────────► serve
 //	        │ not possible, or not asked for
@@ -180,7 +180,11 @@ func (v *Volume) prepareClaim(rec replica.Record, before, seen []Sighting) (repl
 		}
 		rec = Salvage(rec, now)
 	}
-	rec, err = CheckIncarnations(rec, seen, Attachment{GuestsGone: v.cfg.GuestsGone || v.cfg.Salvage, Reopener: v.self()}, now)
+	guests := Attachment{GuestsGone: v.cfg.GuestsGone || v.cfg.Salvage, Reopener: v.self(), Epoch: v.cfg.Guests}
+	if err := CheckGuests(rec, guests); err != nil {
+		return rec, err
+	}
+	rec, err = CheckIncarnations(rec, seen, guests, now)
 	if err != nil {
 		return rec, err
 	}

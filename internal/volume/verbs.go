@@ -85,7 +85,23 @@ func (v *Volume) settle(ctx context.Context) error {
 	if todo == NextChange {
 		return v.finish(ctx, *rec.Pending)
 	}
+	if err := v.fit(ctx); err != nil { // carried out, and nobody here was told
+		return err
+	}
 	return v.commit(ctx)
+}
+
+// fit puts a device of the copies' size into the Gate, where a change was carried out and its answer was lost.
+func (v *Volume) fit(ctx context.Context) error {
+	if v.copies[0].Size() == v.gate.Size() {
+		return nil
+	}
+	if err := v.gate.Hold(ctx); err != nil {
+		return fmt.Errorf("hold I/O: %w", err)
+	}
+	defer v.gate.Release()
+	v.gate.Swap(v.newDevice())
+	return nil
 }
 
 // change makes c, which follows from the book's chain, from its beginning.
@@ -127,6 +143,8 @@ func (v *Volume) finish(ctx context.Context, c replica.Change) error {
 	}
 	carried, err := v.carried(ctx, c)
 	switch {
+	case err != nil && !errors.Is(err, block.ErrFailed) && !errors.Is(err, replica.ErrChain):
+		return errors.Join(changeErr, err) // the copy could not be asked: it stays pending, and whatever comes next finishes it
 	case err != nil:
 		return v.fail(0, errors.Join(changeErr, err))
 	case carried:

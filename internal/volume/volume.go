@@ -55,6 +55,8 @@ type Config struct {
 	Resume bool
 	// GuestsGone says that the volume was detached since its last writer, so that no guest remembers what was not flushed.
 	GuestsGone bool
+	// Guests, unless 0, is the epoch under which this node's guests were served, who still wait: the volume is not opened for them if anybody else opened it since.
+	Guests uint64
 	// Salvage opens the last copies although a flush on them failed: a person's decision.
 	Salvage bool
 	NewID   func() replica.LayerID // for layers that merging makes; nil: random
@@ -94,6 +96,7 @@ const (
 	StateOpen   State = "open"
 	StateFailed State = "failed" // the last copy failed; its error is answered until the volume is detached
 	StateFenced State = "fenced" // a newer writer owns the volume
+	StateLost   State = "lost"   // the last copy's host was booted again under the guests: ErrLost until the volume is detached
 	StateClosed State = "closed"
 )
 
@@ -255,10 +258,30 @@ func (v *Volume) note(err error) error {
 	switch {
 	case errors.Is(err, block.ErrFenced):
 		v.end(StateFenced, fmt.Errorf("volume %s: %w", v.cfg.Name, block.ErrFenced))
+	case errors.Is(err, replica.ErrRestarted):
+		return v.lose(err)
 	case errors.Is(err, block.ErrFailed):
 		return v.fail(0, err)
 	}
 	return err
+}
+
+// lose ends the volume because its copy's host was booted again while its guests lived on: what they wrote and did not flush may be gone (invariant 8). The record says so as it is: it names this writer, and
+// an incarnation that the copy no longer has; so no restart of this process takes the guests on again, and the next attach, whose guests are new, finds what a power cut leaves. It returns the error
+// for the guest.
+func (v *Volume) lose(why error) error {
+	v.end(StateLost, fmt.Errorf("volume %s: %w: %v", v.cfg.Name, ErrLost, why)) // not what it wraps: it needs no salvage
+	return v.down()
+}
+
+// Confirm asks every copy whether this writer is still the one it lets in. block.ErrFenced, and the volume has ended, if a newer one came; replica.ErrRestarted ends it too. Any other error tells nothing.
+func (v *Volume) Confirm(ctx context.Context) error {
+	for _, r := range v.copies {
+		if err := r.Confirm(ctx, v.writer); err != nil && v.down() == nil {
+			return v.note(err)
+		}
+	}
+	return v.down()
 }
 
 // fail ends the volume because its copy i failed and no other is left, and has the record say so, in the background and before the next open can

@@ -18,8 +18,8 @@ var errUnfinished = errors.New("remote replicas are not finished")
 // ErrAway: nobody answers on the other node.
 var ErrAway = errors.New("the node that has it does not answer")
 
-// ErrRestarted: the other node's host was booted again, so that what was written and not flushed may be gone. It is a block.ErrFailed.
-var ErrRestarted error = errors.Join(errors.New("the node that has it was booted again"), block.ErrFailed)
+// ErrRestarted: the other node's host was booted again, so that what was written and not flushed may be gone. It is a replica.ErrRestarted (by which the engine knows it) and a block.ErrFailed.
+var ErrRestarted error = errors.Join(replica.ErrRestarted, block.ErrFailed)
 
 // Dial connects to the node that has the replica. The connection is past its TLS handshake, and nothing was said on it yet.
 type Dial func(ctx context.Context) (net.Conn, error)
