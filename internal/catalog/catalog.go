@@ -250,6 +250,7 @@ const (
 	ConditionSchedulable        = "Schedulable"              // of a node, a disk
 	ConditionNetwork            = "Network"                  // of a node that is to offer volumes over TCP
 	ConditionNearlyFull         = "NearlyFull"               // of a disk
+	ConditionEvicting           = "Evicting"                 // of a volume, node or disk that is to be emptied: True: under way, False: something is in the way; absent: not asked for; owner: control
 	ConditionTrue               = "True"
 	ConditionFalse              = "False"
 	ConditionUnknown            = "Unknown"
@@ -259,6 +260,9 @@ const (
 	ReasonNearlyFull            = "DiskNearlyFull" // of the condition, and of the event when it becomes true
 	ReasonDiskAway              = "DiskAway"       // of the event when a disk cannot be used any more
 	ReasonDiskBack              = "DiskBack"
+	ReasonNodeDown              = "NodeDown" // of the event when a node is silent
+	ReasonNodeUp                = "NodeUp"
+	ReasonFailedDeleting        = "FailedDeleting" // of the event when an image's copy cannot leave its disk: it is the only good one
 )
 
 // The settings that plan reads, and their defaults.
@@ -287,6 +291,12 @@ const (
 	// SettingAutoBalance: detached volumes are moved when one disk is much fuller than another ("best-effort"), or not ("disabled").
 	SettingAutoBalance        = "replica-auto-balance"
 	SettingAutoBalanceDefault = "disabled"
+	// SettingImageCleanup: a copy of an image beyond MinCopies that no replica has stood on for so many minutes goes; 0: at once.
+	SettingImageCleanup        = "backing-image-cleanup-wait-interval"
+	SettingImageCleanupDefault = "60"
+	// SettingReplenish: 0: images get no further copies by themselves. Other numbers mean: they do, one at a time.
+	SettingReplenish        = "concurrent-backing-image-replenish-per-node-limit"
+	SettingReplenishDefault = "5"
 )
 
 // Ticket is one reason for a volume to be attached to a node. The volume is attached while it has tickets.
@@ -307,7 +317,7 @@ type Placement struct {
 	CopyOf string `json:"copyOf,omitempty"`
 }
 
-// VolumeWanted is what was asked for. Owners: the API (all but Replicas), control (Replicas).
+// VolumeWanted is what was asked for. Owners: the API (all but the following), control (Replicas, Dropped, LastNode).
 type VolumeWanted struct {
 	Name      string      `json:"name"`
 	ID        string      `json:"id"` // 32 hex digits
@@ -327,7 +337,8 @@ type VolumeWanted struct {
 	NodeSelector []string          `json:"nodeSelector,omitempty"`
 	DiskSelector []string          `json:"diskSelector,omitempty"`
 	DataLocality string            `json:"dataLocality,omitempty"`
-	Salvage      bool              `json:"salvage,omitempty"` // a person decided to open the last copy though a flush failed
+	LastNode     string            `json:"lastNode,omitempty"` // with DataLocality: the node of its last ticket. Owner: control
+	Salvage      bool              `json:"salvage,omitempty"`  // a person decided to open the last copy though a flush failed
 	Labels       map[string]string `json:"labels,omitempty"`
 }
 
@@ -442,7 +453,7 @@ type Problem struct {
 	What   string `json:"what"`
 }
 
-// ImageWanted is an image as asked for. Owners: the API (all but Disks), control (Disks).
+// ImageWanted is an image as asked for. Owners: the API (all but the following), control (Disks, UnusedSince).
 type ImageWanted struct {
 	Name             string            `json:"name"`
 	ID               string            `json:"id"`         // 32 hex digits; also the id of its layer
@@ -453,8 +464,10 @@ type ImageWanted struct {
 	NodeSelector     []string          `json:"nodeSelector,omitempty"`
 	DiskSelector     []string          `json:"diskSelector,omitempty"`
 	Disks            []string          `json:"disks,omitempty"` // wanted disks, by id
-	Created          time.Time         `json:"created"`
-	Deleted          *time.Time        `json:"deleted,omitempty"`
+	// UnusedSince tells, by disk id, since when no replica there stands on the image. Owner: control.
+	UnusedSince map[string]time.Time `json:"unusedSince,omitempty"`
+	Created     time.Time            `json:"created"`
+	Deleted     *time.Time           `json:"deleted,omitempty"`
 }
 
 // ImageObserved is an image as found. Owner: the agents, each its own disks.
@@ -467,7 +480,7 @@ type ImageObserved struct {
 	Digest           string                 `json:"digest"`           // of the content
 	Format           string                 `json:"format"`
 	Disks            map[string]ImageOnDisk `json:"disks"`
-	Error            string                 `json:"error,omitempty"` // why no disk can take it; owner: control
+	Error            string                 `json:"error,omitempty"` // why no disk can take it, or why a copy cannot leave its disk; owner: control
 }
 
 // ImageOnDisk is one copy's state.
@@ -486,6 +499,7 @@ type NodeWanted struct {
 	Name              string                `json:"name"`
 	ID                string                `json:"id,omitempty"`      // of a node that joined or ran cluster init: 32 hex digits, never used again
 	Deleted           *time.Time            `json:"deleted,omitempty"` // the node is to be forgotten: set when nothing lies on it any more, or by force
+	Lost              bool                  `json:"lost,omitempty"`    // with Deleted: by force; what lies on the node is given up
 	Voter             bool                  `json:"voter,omitempty"`   // it keeps a member of the embedded etcd
 	Zone              string                `json:"zone,omitempty"`
 	AllowScheduling   bool                  `json:"allowScheduling"`

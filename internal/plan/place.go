@@ -178,3 +178,14 @@ func size(n int64) string {
 	}
 	return strings.TrimSuffix(strconv.FormatFloat(f, 'f', 1, 64), ".0") + " " + units[i]
 }
+
+// copies is how many copies of a volume have a disk. One that is to take another's place is none yet.
+func copies(w catalog.VolumeWanted) int {
+	n := 0
+	for _, r := range w.Replicas {
+		if r.CopyOf == "" {
+			n++
+		}
+	}
+	return n
+}

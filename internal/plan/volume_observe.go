@@ -274,7 +274,7 @@ func snapshots(layers []FoundLayer) []catalog.SnapshotObserved {
 
 // volumeConditions: that copies are missing is control's to say, that all are placed is said here.
 func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
-	if len(h.w.Replicas) >= h.w.Copies {
+	if copies(h.w) >= h.w.Copies {
 		setCondition(m, catalog.ConditionScheduled, catalog.Condition{Status: catalog.ConditionTrue}, p.in.Now)
 	}
 	if f, ok := p.failure(h.closeAction()); ok && f.InUse && h.open && h.leaving() {
