@@ -21,7 +21,7 @@ var ErrNoFlush = errors.New("the NBD server cannot flush")
 
 const (
 	// maxCalls is how many requests one Client has in flight; more wait.
-	maxCalls = 256
+	maxCalls = 255
 	// receiveBytes is the receive buffer: small replies are read many at once, the data of large ones goes straight to its place.
 	receiveBytes = 64 << 10
 	// zeroBytes bounds one WRITE_ZEROES, so that a server which has to write them answers in time; statusBytes one BLOCK_STATUS.
@@ -46,17 +46,20 @@ type Client struct {
 	readOnly bool
 
 	slots chan uint8    // numbers of calls that are free
+	heard atomic.Uint64 // replies, or pieces of them, that began to arrive
 	dead  chan struct{} // closed once err is set
 	wg    sync.WaitGroup
 	out   outgoing
 
+	pinging chan struct{} // capacity 1: holds a token while the call of Ping is under way
+
 	written     atomic.Bool // something was written, so that a Flush has to be one
 	flushFailed atomic.Bool
 
-	mu     sync.Mutex // guards the rest
-	calls  [maxCalls]*exchange
-	serial uint64 // makes every request's cookie another
-	err    error  // why nothing more can be called
+	mu     sync.Mutex              // guards the rest
+	calls  [maxCalls + 1]*exchange // the last is Ping's
+	serial uint64                  // makes every request's cookie another
+	err    error                   // why nothing more can be called
 	closed bool
 }
 
@@ -88,10 +91,10 @@ func (cl *exchange) leave() {
 func newClient(n *negotiator, raw net.Conn, a agreed, readOnly bool) *Client {
 	c := &Client{
 		agreed: a, name: n.export, raw: raw, nc: n.nc, br: n.br, readOnly: readOnly || a.flags&flagReadOnly != 0,
-		slots: make(chan uint8, maxCalls), dead: make(chan struct{}),
+		slots: make(chan uint8, maxCalls), dead: make(chan struct{}), pinging: make(chan struct{}, 1),
 	}
-	for i := range maxCalls {
-		c.slots <- uint8(i)
+	for i := range uint8(maxCalls) {
+		c.slots <- i
 	}
 	c.wg.Go(c.receive)
 	return c
@@ -185,12 +188,20 @@ func (c *Client) do(cl *exchange) error {
 	case <-c.dead:
 		return c.failure()
 	}
+	defer func() { c.slots <- slot }()
+	if err := c.exchange(cl, slot); err != nil {
+		return err
+	}
+	return remoteError(cl.errno, cl.text, cl.cmd)
+}
+
+// exchange sends cl as the call of a slot, and waits until it was answered, or the connection was lost.
+func (c *Client) exchange(cl *exchange, slot uint8) error {
 	cl.parties.Store(2)
 	cl.done = make(chan struct{}, 1)
 	c.mu.Lock()
 	if err := c.err; err != nil {
 		c.mu.Unlock()
-		c.slots <- slot
 		return err
 	}
 	c.serial++
@@ -199,12 +210,29 @@ func (c *Client) do(cl *exchange) error {
 	c.mu.Unlock()
 	c.out.send(c, cl)
 	<-cl.done
-	c.slots <- slot
-	if cl.err != nil {
-		return cl.err
-	}
-	return remoteError(cl.errno, cl.text, cl.cmd)
+	return cl.err
 }
+
+// Ping returns once the server answered something that touches no device (a block status of nothing, which every server refuses), or the connection is lost. It goes out behind the
+// requests that were sent before, but waits for no place among those in flight.
+func (c *Client) Ping() error {
+	select {
+	case c.pinging <- struct{}{}:
+	case <-c.dead:
+		return fmt.Errorf("nbd: export %q: ping: %w", c.name, c.failure())
+	}
+	defer func() { <-c.pinging }()
+	if err := c.exchange(&exchange{request: request{cmd: cmdBlockStatus}}, maxCalls); err != nil {
+		return fmt.Errorf("nbd: export %q: ping: %w", c.name, err)
+	}
+	return nil
+}
+
+// Heard grows whenever something arrives from the server.
+func (c *Client) Heard() uint64 { return c.heard.Load() }
+
+// Dead is closed once nothing can be called any more: the connection was lost, or the Client closed.
+func (c *Client) Dead() <-chan struct{} { return c.dead }
 
 // wrap says what failed.
 func (c *Client) wrap(err error, what string, off, n int64) error {
@@ -326,8 +354,8 @@ func (c *Client) Flush() error {
 	return nil
 }
 
-// Extents implements block.Device, from base:allocation. What the server says reads as zero is Zero, all else Data; a server without
-// that context has Data only.
+// Extents implements block.Device, from base:allocation: what the server says reads as zero is Zero, all else Data; or from
+// ashlar:layer (ClientOptions.States). A server without such a context has Data only.
 func (c *Client) Extents(off, n int64) ([]block.Extent, error) {
 	if err := c.check(off, n); err != nil || n == 0 {
 		return nil, c.wrap(err, "extents of", off, n)

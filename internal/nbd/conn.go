@@ -54,7 +54,8 @@ type conn struct {
 	dev      block.Device
 	readOnly bool
 	fastZero bool
-	mayWait  func() bool // nil: never
+	mayWait  func() bool       // nil: never
+	errno    func(error) Errno // nil: the protocol's
 	link     link
 	pool     *buffers
 	stats    *counters
@@ -94,7 +95,7 @@ type transmission struct {
 
 func newConn(t transmission) *conn {
 	c := &conn{
-		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, fastZero: t.export.FastZero, mayWait: t.export.MayWait,
+		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, fastZero: t.export.FastZero, mayWait: t.export.MayWait, errno: t.export.Errno,
 		link: t.link, pool: t.pool, stats: t.stats, stop: t.stop,
 	}
 	for _, id := range t.state.Contexts {

@@ -24,6 +24,8 @@ var ErrRefused = errors.New("refused by the NBD server")
 type ClientOptions struct {
 	// ReadOnly refuses whatever writes before it is sent, also when the server would take it.
 	ReadOnly bool
+	// States asks for ashlar:layer, so that Extents tells Absent from Zero; without it, or from a server that does not have it, base:allocation.
+	States bool
 	// TLS encrypts the connection before anything is asked for, and is what verifies the server's certificate and presents ours.
 	// ServerName, if empty, is the URI's host, or "localhost" for a unix socket. An nbds URI without it uses the system's
 	// authorities.
@@ -43,9 +45,10 @@ type agreed struct {
 	sizeBytes  int64
 	flags      uint16
 	structured bool
-	contextID  uint32 // of base:allocation; 0 when there is none
-	minBlock   int64  // power of two, at most 64 KiB
-	maxPayload int64  // multiple of minBlock
+	contextID  uint32 // of the context that Extents asks; 0 when there is none
+	state      func(flags uint32) block.State
+	minBlock   int64 // power of two, at most 64 KiB
+	maxPayload int64 // multiple of minBlock
 }
 
 // Dial connects to the export that uri names (see ParseURI) and negotiates: fixed newstyle, GO, structured replies and base:allocation if
@@ -86,7 +89,7 @@ func Dial(ctx context.Context, uri string, o ClientOptions) (*Client, error) {
 func NewClient(ctx context.Context, nc net.Conn, export string, o ClientOptions) (*Client, error) {
 	// A context that ends makes every read and write of the negotiation fail.
 	stop := context.AfterFunc(ctx, func() { _ = nc.SetDeadline(time.Unix(1, 0)) })
-	n := &negotiator{nc: nc, br: bufio.NewReaderSize(nc, receiveBytes), export: export}
+	n := &negotiator{nc: nc, br: bufio.NewReaderSize(nc, receiveBytes), export: export, states: o.States}
 	a, err := n.run(ctx, o.TLS)
 	if !stop() {
 		err = fmt.Errorf("nbd: negotiate: %w", context.Cause(ctx))
@@ -105,6 +108,7 @@ type negotiator struct {
 	nc     net.Conn // the TLS connection once there is one
 	br     *bufio.Reader
 	export string
+	states bool // ask for ashlar:layer first
 
 	answered bool // an option over the present nc
 }
@@ -127,7 +131,7 @@ func (n *negotiator) run(ctx context.Context, cfg *tls.Config) (agreed, error) {
 		return a, fmt.Errorf("nbd: export %q: the server requires %w", n.export, ErrTLS)
 	}
 	if a.structured = rep == repAck; a.structured {
-		if a.contextID, err = n.askContext(); err != nil {
+		if err = n.askContexts(&a); err != nil {
 			return a, err
 		}
 	}
@@ -223,20 +227,33 @@ func (n *negotiator) reply(opt uint32) (rep uint32, data []byte, err error) {
 	return be.Uint32(head[12:]), data, nil
 }
 
-// allocation is the one meta context that the Client knows.
+// allocation is the meta context that every server has.
 const allocation = "base:allocation"
 
-// askContext selects base:allocation and returns its id, 0 when the server does not have it.
-func (n *negotiator) askContext() (id uint32, err error) {
+// askContexts selects the one context that Extents is to ask.
+func (n *negotiator) askContexts(a *agreed) (err error) {
+	if n.states {
+		a.state = layerState
+		if a.contextID, err = n.askContext(layerContext); err != nil || a.contextID != 0 {
+			return err
+		}
+	}
+	a.state = allocationState
+	a.contextID, err = n.askContext(allocation)
+	return err
+}
+
+// askContext selects a context and returns its id, 0 when the server does not have it.
+func (n *negotiator) askContext(context string) (id uint32, err error) {
 	p := be.AppendUint32(nil, uint32(len(n.export)))
 	p = append(p, n.export...)
 	p = be.AppendUint32(p, 1)
-	p = be.AppendUint32(p, uint32(len(allocation)))
-	rep, err := n.ask(optSetMetaContext, append(p, allocation...), func(rep uint32, data []byte) error {
+	p = be.AppendUint32(p, uint32(len(context)))
+	rep, err := n.ask(optSetMetaContext, append(p, context...), func(rep uint32, data []byte) error {
 		if rep != repMetaContext || len(data) < 4 {
 			return fmt.Errorf("nbd: reply %d to SET_META_CONTEXT: %w", rep, ErrProtocol)
 		}
-		if string(data[4:]) == allocation {
+		if string(data[4:]) == context {
 			id = be.Uint32(data)
 		}
 		return nil

@@ -39,6 +39,16 @@ var errnoTable = []struct {
 	{block.ErrCorrupt, EIO},
 }
 
+// errnoFor is errnoOf, unless the export has a name of its own for err.
+func (c *conn) errnoFor(err error, cmd uint16) Errno {
+	if err != nil && c.errno != nil {
+		if e := c.errno(err); e != OK {
+			return e
+		}
+	}
+	return errnoOf(err, cmd)
+}
+
 // errnoOf returns the error value for err, which a Device returned to the command cmd.
 func errnoOf(err error, cmd uint16) Errno {
 	if err == nil {

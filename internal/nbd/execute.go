@@ -50,7 +50,7 @@ func (c *conn) execute(req request, payload []byte, out *buffer) {
 	if writes := req.cmd == cmdWrite || req.cmd == cmdTrim || req.cmd == cmdWriteZeroes; err == nil && writes && req.flags&cmdFlagFUA != 0 {
 		err = c.dev.Flush()
 	}
-	errno := errnoOf(err, req.cmd)
+	errno := c.errnoFor(err, req.cmd)
 	c.stats.count(req, errno)
 	switch {
 	case errno != OK:

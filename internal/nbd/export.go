@@ -26,6 +26,10 @@ type Export struct {
 	// FastZero says that Zero of any range costs much less than writing it. Only then are zeroes that a client wants fast or not at all
 	// carried out; else they are refused with ENOTSUP, as the protocol asks.
 	FastZero bool
+	// States offers the context ashlar:layer, which tells Absent from Zero (docs/nbd.md, section 4).
+	States bool
+	// Errno, if not nil, names a Device's error for a client that knows more errors than the protocol has; OK leaves it to the protocol's own.
+	Errno func(error) Errno
 }
 
 // Exports is where a Server finds what it serves. Both methods may be called concurrently.

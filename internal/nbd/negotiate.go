@@ -315,7 +315,7 @@ func (h *haggler) metaContext(opt uint32, data []byte) error {
 	if err != nil {
 		return h.reply(opt, lookupReply(err), nil)
 	}
-	found := matchMeta(queries, opt == optListMetaContext)
+	found := e.matchMeta(queries, opt == optListMetaContext)
 	if opt == optSetMetaContext {
 		h.contexts, h.contextsOf = found, e.Name
 	}

@@ -23,7 +23,7 @@ func (c *Client) receive() {
 	c.broke(err)
 	c.mu.Lock()
 	calls, err := c.calls, c.err
-	c.calls = [maxCalls]*exchange{}
+	c.calls = [maxCalls + 1]*exchange{}
 	c.mu.Unlock()
 	for _, cl := range calls {
 		if cl != nil {
@@ -40,6 +40,7 @@ func (c *Client) replies() error {
 		if _, err := io.ReadFull(c.br, head[:simpleBytes]); err != nil {
 			return err
 		}
+		c.heard.Add(1)
 		cookie := be.Uint64(head[8:])
 		cl := c.awaited(cookie)
 		if cl == nil {
@@ -151,7 +152,7 @@ func (c *Client) holeChunk(cl *exchange) error {
 	return err
 }
 
-// statusChunk takes the descriptors of base:allocation; the last may reach beyond what was asked about.
+// statusChunk takes the descriptors of the context that was selected; the last may reach beyond what was asked about.
 func (c *Client) statusChunk(cl *exchange, n uint32) error {
 	var word [8]byte
 	if _, err := io.ReadFull(c.br, word[:4]); err != nil {
@@ -166,12 +167,9 @@ func (c *Client) statusChunk(cl *exchange, n uint32) error {
 		if _, err := io.ReadFull(c.br, word[:]); err != nil {
 			return err
 		}
-		size, state := int64(be.Uint32(word[:])), block.Data
+		size, state := int64(be.Uint32(word[:])), c.state(be.Uint32(word[4:]))
 		if size == 0 {
 			return fmt.Errorf("block status of nothing at %d: %w", at, ErrProtocol)
-		}
-		if be.Uint32(word[4:])&stateZero != 0 {
-			state = block.Zero
 		}
 		size = min(size, end-at)
 		last := len(cl.extents) - 1
@@ -212,7 +210,7 @@ func (cl *exchange) complete() error {
 	case cl.cmd == cmdRead && !cl.got.whole(cl.n):
 		return fmt.Errorf("a read of %d bytes at %d was answered in part: %w", cl.n, cl.off, ErrProtocol)
 	case cl.cmd == cmdBlockStatus && len(cl.extents) == 0:
-		return fmt.Errorf("block status without base:allocation: %w", ErrProtocol)
+		return fmt.Errorf("block status without the context that was selected: %w", ErrProtocol)
 	}
 	return nil
 }
