@@ -3,7 +3,7 @@
 // docs/rest.md says what is served, docs/compat.md which parts of the dialect mean nothing in Ashlar.
 //
 // Read next: resource.go (the shapes on the wire), route.go (which request goes where), auth.go (who may), volume.go, operation.go
-// (verbs that wait), live.go (streams), download.go and upload.go (bytes), openapi.go (the description), client (the other end).
+// (verbs that wait), live.go (streams), download.go and upload.go (bytes), forward.go (what other nodes answer), openapi.go (the description), client (the other end).
 package api
 
 import (
@@ -45,6 +45,14 @@ type Config struct {
 	// Frontend is what a volume gets whose creator names none: blockdev where this machine can have block devices, which is what clients of the dialect expect;
 	// "" means nbd.
 	Frontend string
+	// Forward returns what passes requests on to another node (PassTo makes one), for what only that one can answer. The error says why it cannot be asked. Nil: there is no
+	// cluster, and such requests are refused.
+	Forward func(ctx context.Context, node string) (http.Handler, error)
+	// NodeOf tells from an error of Extra which node has what was asked for; "" if it is none of these. Nil: no error is.
+	NodeOf func(error) string
+	// CanEvict tells whether all that lies on a node's disk (disk "": on all its disks) would find another place now; the error says why not, for each object. Nil:
+	// evictions are accepted unseen.
+	CanEvict func(ctx context.Context, node, disk string) error
 	// Log takes what a client cannot be told: panics and unreadable records. Nil discards.
 	Log *slog.Logger
 }

@@ -44,18 +44,23 @@ func (h *Handler) attach(c *call) (any, error) {
 
 // checkHost wants a node that is there, and a volume that can come up somewhere.
 func (h *Handler) checkHost(c *call, v *volumeView, host string) error {
-	nodes, err := list[catalog.NodeWanted, catalog.NodeObserved](c.r.Context(), h, catalog.KindNode)
-	if err != nil {
-		return err
-	}
+	nodes := v.nodes
 	if host == "" {
 		return Failure(CodeInvalid, "volume %s: attach needs hostId, the node to attach to; nodes: %s", c.id, nodeNames(nodes.wanted))
 	}
 	if _, ok := nodes.wanted[host]; !ok {
 		return Failure(CodeNotFound, "volume %s: there is no node %s to attach to; nodes: %s", c.id, quote(host), nodeNames(nodes.wanted))
 	}
-	if !nodes.observed[host].Ready {
-		return Failure(CodeUnreachable, "volume %s: node %s is not ready; `ashlar status` says why", c.id, host)
+	if w := nodes.wanted[host]; w.Deleted != nil {
+		return Failure(CodeConflict, "volume %s: node %s is being removed; attach it to another", c.id, host)
+	}
+	if !nodes.up(host) {
+		return Failure(CodeUnreachable, "volume %s: node %s is %s; `ashlar status` says why", c.id, host, nodes.state(host))
+	}
+	for _, t := range v.wanted.Tickets {
+		if t.Node != host && t.Kind == catalog.TicketAPI && nodes.down(t.Node) {
+			return Failure(CodeConflict, "volume %s is attached to node %s, which is down; to take it from there: `ashlar volume detach %s --force`, then attach it here", c.id, t.Node, c.id)
+		}
 	}
 	if s := v.observed.Conditions[catalog.ConditionScheduled]; len(v.wanted.Replicas) == 0 && s.Status == catalog.ConditionFalse {
 		return Failure(CodeConflict, "volume %s has no scheduled replicas: %s", c.id, s.Message)

@@ -19,6 +19,7 @@ import (
 //	plain TCP on loopback       anything but what names a path of the node; with Config.RequireToken, as TLS
 //	plain TCP anywhere else     nothing (CheckListen does not let it come to that)
 //	TLS                         a token, wherever the connection comes from
+//	another node (FromNode)     anything: that node has asked for what is to be shown
 //
 // A token is sent as "Authorization: Bearer SECRET", or as the password of basic authentication; never in a URL or a cookie. One that only reads is good for GET,
 // HEAD and those actions of the dialect that change nothing. Where none is asked for, what is sent is ignored: clients of the dialect send an empty one.
@@ -34,7 +35,7 @@ func (h *Handler) admit(r *http.Request) (access, error) {
 		return access{}, err
 	}
 	switch {
-	case overUnixSocket(r):
+	case overUnixSocket(r), isFromNode(r):
 		return access{}, nil
 	case r.TLS == nil && !overLoopback(r):
 		return access{}, Failure(CodeForbidden, "beyond loopback this API is served over TLS only")

@@ -37,7 +37,7 @@ func (h *Handler) constants() []*noun {
 	restores.create = notBuilt("system restores")
 	bundles := none("supportBundle", "supportbundles", "support bundle")
 	bundles.create, bundles.remove = notBuilt("support bundles"), nil
-	follows := []catalog.Kind{catalog.KindNode, catalog.KindVolume}
+	follows := []catalog.Kind{catalog.KindNode, catalog.KindAlive, catalog.KindVolume}
 	return []*noun{
 		{schema: "engineImage", plural: "engineimages", one: EngineImage{}, kinds: follows, list: h.engineImageList, get: h.engineImageGet, create: notBuilt("other engine images"), remove: h.engineImageDelete},
 		{schema: "instanceManager", plural: "instancemanagers", one: InstanceManager{}, kinds: follows, list: h.instanceManagerList, get: h.instanceManagerGet},
@@ -63,12 +63,12 @@ func (h *Handler) theEngineImage(c *call) (EngineImage, error) {
 		NodeDeploymentMap: map[string]bool{}, CLIAPIVersion: 10, CLIAPIMinVersion: 3, ControllerAPIVersion: 5, ControllerAPIMinVersion: 3,
 		DataFormatVersion: 1, DataFormatMinVersion: 1,
 	}
-	nodes, err := list[catalog.NodeWanted, catalog.NodeObserved](ctx, h, catalog.KindNode)
+	nodes, err := h.loadNodes(ctx)
 	if err != nil {
 		return e, err
 	}
 	for _, name := range nodes.names() {
-		e.NodeDeploymentMap[name] = nodes.observed[name].Ready
+		e.NodeDeploymentMap[name] = nodes.up(name)
 	}
 	volumes, err := list[catalog.VolumeWanted, catalog.VolumeObserved](ctx, h, catalog.KindVolume)
 	if err != nil {
@@ -110,7 +110,7 @@ func instanceManagerName(node string) string { return "instance-manager-" + node
 
 // instanceManagers makes one for each node.
 func (h *Handler) instanceManagers(c *call) ([]InstanceManager, error) {
-	nodes, err := list[catalog.NodeWanted, catalog.NodeObserved](c.r.Context(), h, catalog.KindNode)
+	nodes, err := h.loadNodes(c.r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +124,7 @@ func (h *Handler) instanceManagers(c *call) ([]InstanceManager, error) {
 			Resource: c.resource(instanceManagerName(name)), Name: instanceManagerName(name), NodeID: name, CurrentState: "running", Image: h.engineImage(),
 			ManagerType: "aio", DataEngine: "v1", Instances: map[string]Instance{}, InstanceEngines: map[string]Instance{}, InstanceReplicas: map[string]Instance{},
 		}
-		if !nodes.observed[name].Ready {
+		if !nodes.up(name) {
 			m.CurrentState = "unknown"
 		}
 		running := func(instance string) Instance {
@@ -132,6 +132,9 @@ func (h *Handler) instanceManagers(c *call) ([]InstanceManager, error) {
 		}
 		for _, volume := range volumes.names() {
 			o := volumes.observed[volume]
+			if nodes.down(name) {
+				break // nobody can say what runs there
+			}
 			if o.Node == name && o.State == catalog.VolumeAttached {
 				m.InstanceEngines[volume+"-e-0"] = running(volume + "-e-0")
 			}

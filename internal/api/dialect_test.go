@@ -139,7 +139,7 @@ func TestSchemas(t *testing.T) {
 			t.Errorf("X-API-Schemas is %q", got)
 		}
 		want := map[string][2]string{ // id -> collection methods, resource methods
-			"schema": {"GET", "GET"}, "volume": {"GET,POST", "GET,DELETE"}, "backingImage": {"GET,POST", "GET,DELETE"}, "node": {"GET", "GET,PUT"},
+			"schema": {"GET", "GET"}, "volume": {"GET,POST", "GET,DELETE"}, "backingImage": {"GET,POST", "GET,DELETE"}, "node": {"GET", "GET,PUT,DELETE"},
 			"setting": {"GET", "GET,PUT"}, "engineImage": {"GET,POST", "GET,DELETE"}, "instanceManager": {"GET", "GET"},
 			"recurringJob": {"GET,POST", "GET,PUT,DELETE"}, "volumeRecurringJob": {"GET", "GET"}, "backupTarget": {"GET,POST", "GET,PUT,DELETE"},
 			"backupVolume": {"GET", "GET,PUT,DELETE"}, "backupBackingImage": {"GET", "GET,DELETE"}, "systemBackup": {"GET,POST", "GET,DELETE"},

@@ -94,7 +94,11 @@ func (h *Handler) imageDownload(c *call) (any, error) {
 		d.size = v.observed.VirtualSizeBytes
 	}
 	d.key = v.wanted.ID + "." + d.format
-	return h.download(c, d)
+	node, err := h.nodeWithCopy(c.r.Context(), v, catalog.ImageReady)
+	if err != nil {
+		return nil, err
+	}
+	return h.download(c, d, node)
 }
 
 // in tells whether the image is in a state on some disk.
@@ -131,13 +135,17 @@ func (h *Handler) volumeDownload(c *call) (any, error) {
 	if d.format == formatRaw && d.snapshot == "" {
 		d.size = v.sizeBytes()
 	}
-	return h.download(c, d)
+	return h.download(c, d, v.nodeOfVolume())
 }
 
 // download sends a body. What goes wrong before the first byte is an answer like any other; afterwards the connection is broken, so that no client takes a part for the
-// whole.
-func (h *Handler) download(c *call, d download) (any, error) {
-	if h.cfg.Extra == nil {
+// whole. node has it, as far as the records say; the agent may know better.
+func (h *Handler) download(c *call, d download, node string) (any, error) {
+	what := "the download of " + d.kind + " " + d.name
+	switch {
+	case h.elsewhere(node):
+		return h.forward(c, node, what)
+	case h.cfg.Extra == nil:
 		return nil, missing("download")
 	}
 	header := c.w.Header()
@@ -152,7 +160,7 @@ func (h *Handler) download(c *call, d download) (any, error) {
 	}
 	body, size, err := h.cfg.Extra.Download(c.r.Context(), d.kind, d.name, d.snapshot, d.format)
 	if err != nil {
-		return nil, err
+		return h.orForward(c, err, what)
 	}
 	// What was read is checked by what came, not by how its source closes.
 	defer body.Close()

@@ -18,7 +18,7 @@ func checkPath(c *call, object, p, instead string) error {
 		return Failure(CodeInvalid, "%s: the path is missing", object)
 	case !path.IsAbs(p) || path.Clean(p) != p || len(p) > 4096 || strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return Failure(CodeInvalid, "%s: path %s must be absolute, without \"..\" and control characters", object, quote(p))
-	case !overUnixSocket(c.r):
+	case !overUnixSocket(c.r) && !isFromNode(c.r):
 		return Failure(CodeForbidden, "%s: a path on the node can be named only over the node's unix socket; %s", object, instead)
 	}
 	return nil
@@ -60,6 +60,9 @@ func (h *Handler) exportFile(c *call) (any, error) {
 	}
 	if err := wantSnapshot(v, in.Snapshot); err != nil {
 		return nil, err
+	}
+	if node := v.nodeOfVolume(); h.elsewhere(node) {
+		return nil, Failure(CodeConflict, "volume %s: node %s has it, and would write the file there; ask that node, or download it: GET …/download", c.id, node)
 	}
 	op, err := h.operate(c.r.Context(), v, catalog.Operation{
 		Verb: catalog.VerbExport, Snapshot: in.Snapshot, Path: in.Path, Format: in.Format, Compress: in.Compress,
@@ -181,6 +184,11 @@ func (h *Handler) snapshotDiff(c *call) (any, error) {
 		return nil, Failure(CodeInvalid, "volume %s: from is the older one, and nothing is younger than the present", c.id)
 	case in.Off < 0 || in.Off > v.sizeBytes():
 		return nil, Failure(CodeInvalid, "volume %s: off is %d; 0 to %d are allowed", c.id, in.Off, v.sizeBytes())
+	}
+	what := "the differences of volume " + c.id
+	switch node := v.nodeOfVolume(); {
+	case h.elsewhere(node):
+		return h.forwardBody(c, node, what, in)
 	case h.cfg.Extra == nil:
 		return nil, missing("snapshotDiff")
 	}
@@ -197,6 +205,9 @@ func (h *Handler) snapshotDiff(c *call) (any, error) {
 		}
 		cut = true
 	})
+	if err != nil && h.cfg.NodeOf != nil && h.elsewhere(h.cfg.NodeOf(err)) {
+		return h.forwardBody(c, h.cfg.NodeOf(err), what, in)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -17,6 +17,36 @@ type imageView struct {
 	observed catalog.ImageObserved
 }
 
+// onDisks are the ids of the disks that are to have a copy, or may still have one.
+func (v imageView) onDisks() []string {
+	out := slices.Clone(v.wanted.Disks)
+	for disk, d := range v.observed.Disks {
+		if d.State != catalog.ImageGone && !slices.Contains(out, disk) {
+			out = append(out, disk)
+		}
+	}
+	return out
+}
+
+// hide corrects the copies of nodes that are down, and cannot say themselves that nobody knows how they are.
+func (v *imageView) hide(of map[string]string, nodes nodeSet) {
+	var disks map[string]catalog.ImageOnDisk
+	for disk, d := range v.observed.Disks {
+		node, known := of[disk]
+		if !known || !nodes.down(node) || d.State == catalog.ImageUnknown || d.State == catalog.ImageGone {
+			continue
+		}
+		if disks == nil {
+			disks = maps.Clone(v.observed.Disks)
+		}
+		d.State, d.Message = catalog.ImageUnknown, "node "+node+" is down"
+		disks[disk] = d
+	}
+	if disks != nil {
+		v.observed.Disks = disks
+	}
+}
+
 func (h *Handler) loadImage(ctx context.Context, name string) (imageView, error) {
 	var v imageView
 	w, ok, err := find[catalog.ImageWanted](ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, name))
@@ -27,7 +57,13 @@ func (h *Handler) loadImage(ctx context.Context, name string) (imageView, error)
 		return v, Failure(CodeNotFound, "image %s: there is no such image", quote(name))
 	}
 	o, _, err := find[catalog.ImageObserved](ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Observed, name))
-	return newImageView(w, o), err
+	if err != nil {
+		return v, err
+	}
+	nodes, err := h.loadNodes(ctx)
+	v = newImageView(w, o)
+	v.hide(nodes.diskNodes(), nodes)
+	return v, err
 }
 
 func newImageView(w catalog.ImageWanted, o catalog.ImageObserved) imageView {
@@ -44,9 +80,16 @@ func (h *Handler) imageList(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	nodes, err := h.loadNodes(c.r.Context())
+	if err != nil {
+		return nil, err
+	}
+	of := nodes.diskNodes()
 	data := make([]BackingImage, 0, len(l.wanted))
 	for _, name := range l.names() {
-		data = append(data, h.image(c, newImageView(l.wanted[name], l.observed[name])))
+		v := newImageView(l.wanted[name], l.observed[name])
+		v.hide(of, nodes)
+		data = append(data, h.image(c, v))
 	}
 	return collect(c, c.noun.schema, data), nil
 }
@@ -65,7 +108,7 @@ func (h *Handler) image(c *call, v imageView) BackingImage {
 	res := BackingImage{
 		Resource: c.resource(w.Name, "backingImageCleanup", "updateMinNumberOfCopies"), Name: w.Name, UUID: w.ID, SourceType: w.SourceType,
 		Parameters: map[string]string{}, ExpectedChecksum: strings.TrimPrefix(w.ExpectedChecksum, "sha512:"), CurrentChecksum: o.CurrentChecksum,
-		MinNumberOfCopies: w.MinCopies, NodeSelector: []string{}, DiskSelector: []string{}, DataEngine: "v1", DiskFileStatusMap: map[string]DiskFile{},
+		MinNumberOfCopies: w.MinCopies, NodeSelector: tags(w.NodeSelector), DiskSelector: tags(w.DiskSelector), DataEngine: "v1", DiskFileStatusMap: map[string]DiskFile{},
 		Size: o.SizeBytes, VirtualSize: o.VirtualSizeBytes, Created: stamp(w.Created), Format: o.Format, Digest: o.Digest,
 	}
 	maps.Copy(res.Parameters, w.Parameters)
@@ -127,6 +170,7 @@ func (h *Handler) imageCreate(c *call) (any, error) {
 	ctx := c.r.Context()
 	w := catalog.ImageWanted{
 		Name: in.Name, SourceType: in.SourceType, Parameters: source, ExpectedChecksum: sum, MinCopies: in.MinNumberOfCopies, Created: h.cfg.Now().UTC(),
+		NodeSelector: selector(in.NodeSelector), DiskSelector: selector(in.DiskSelector),
 	}
 	if w.MinCopies == 0 {
 		if w.MinCopies, err = h.settingNumber(ctx, settingImageCopies); err != nil {
@@ -157,8 +201,9 @@ func (in *imageInput) check() error {
 		return Failure(CodeNotSupported, "image %s: %s backing image is not supported", in.Name, quote(in.DataEngine))
 	case in.Secret != "":
 		return refuse("encryption")
-	case len(in.DiskSelector) > 0 || len(in.NodeSelector) > 0:
-		return refuse("disk and node selectors")
+	}
+	if err := checkSelectors("image "+in.Name, in.NodeSelector, in.DiskSelector); err != nil {
+		return err
 	}
 	switch in.SourceType {
 	case catalog.SourceDownload, catalog.SourceFile, catalog.SourceUpload, catalog.SourceVolume:
@@ -178,13 +223,27 @@ func (h *Handler) source(c *call, in *imageInput) (map[string]string, error) {
 		if err := checkPath(c, "image "+in.Name, p, "use `ashlar image import` on the node, upload the file, or serve it over http"); err != nil {
 			return nil, err
 		}
-		return map[string]string{"path": p}, nil
+		return map[string]string{"path": p}, h.oneNode(c, in.Name)
 	case catalog.SourceUpload:
 		return map[string]string{}, nil
 	case catalog.SourceVolume:
 		return h.volumeSource(c, in)
 	}
+	if strings.HasPrefix(in.Parameters["url"], "nbd+unix:") {
+		if err := h.oneNode(c, in.Name); err != nil {
+			return nil, err
+		}
+	}
 	return downloadSource(c, in)
+}
+
+// oneNode refuses a path as a source where there are several nodes: a path is one node's, and the image goes to any.
+func (h *Handler) oneNode(c *call, image string) error {
+	nodes, err := h.loadNodes(c.r.Context())
+	if err == nil && len(nodes.wanted) > 1 {
+		err = Failure(CodeConflict, "image %s: there are %d nodes, and a path is of one of them: upload the file (`ashlar image import` does), or serve it over http or nbd", image, len(nodes.wanted))
+	}
+	return err
 }
 
 // downloadSource checks a URL: http and https, and ours: an NBD export, which over a unix socket is a path on the node.
@@ -371,20 +430,22 @@ func (h *Handler) imageCleanup(c *call) (any, error) {
 	}
 	for _, name := range volumes.names() {
 		w := volumes.wanted[name]
-		for _, r := range w.Replicas {
+		for _, r := range slices.Concat(w.Replicas, w.Dropped) {
 			if w.ImageID == v.wanted.ID && slices.Contains(in.Disks, r.DiskID) {
 				return nil, Failure(CodeInUse, "image %s: its copy on disk %s is in use by volume %s", c.id, r.DiskID, name)
 			}
 		}
 	}
-	left, going := 0, false
+	left, going := 0, slices.ContainsFunc(v.wanted.Disks, func(disk string) bool { return slices.Contains(in.Disks, disk) })
 	for disk, d := range v.observed.Disks {
-		going = going || slices.Contains(in.Disks, disk)
 		if d.State == catalog.ImageReady && !slices.Contains(in.Disks, disk) {
 			left++
 		}
 	}
 	if going && left < max(1, v.wanted.MinCopies) {
+		if v.observed.CurrentChecksum == "" {
+			return nil, Failure(CodeConflict, "image %s: no copy is ready yet, and one of these may become the first; delete the image to give it up", c.id)
+		}
 		return nil, Failure(CodeConflict, "image %s: %d ready copies would be left, fewer than the %d wanted", c.id, left, max(1, v.wanted.MinCopies))
 	}
 	_, _, err = catalog.Update(ctx, h.cfg.Catalog, catalog.ImageKey(catalog.Wanted, c.id), func(w *catalog.ImageWanted) error {

@@ -40,6 +40,12 @@ func (h *Handler) metrics(w http.ResponseWriter, r *http.Request) {
 		h.fail(w, r, wrongMethod(w, r, []string{http.MethodGet}))
 		return
 	}
+	if node := r.URL.Query().Get("node"); h.elsewhere(node) {
+		if _, err := h.forward(&call{r: r, w: w, base: baseURL(r)}, node, "the metrics of node "+quote(node)); err != nil {
+			h.fail(w, r, err)
+		}
+		return
+	}
 	e := &exposition{}
 	e.metric("ashlar_build_info", "gauge", "This build; always 1.")
 	e.sample("ashlar_build_info", 1, "version", h.cfg.Version, "node", h.cfg.Node)
@@ -63,9 +69,13 @@ func (h *Handler) volumeMetrics(e *exposition, r *http.Request) error {
 	for _, state := range []string{catalog.VolumeCreating, catalog.VolumeDetached, catalog.VolumeAttaching, catalog.VolumeAttached, catalog.VolumeDetaching, catalog.VolumeDeleting} {
 		count[state] = 0
 	}
+	nodes, err := h.loadNodes(r.Context())
+	if err != nil {
+		return err
+	}
 	views := map[string]*volumeView{}
 	for name, w := range l.wanted {
-		views[name] = side{}.view(w, l.observed[name])
+		views[name] = side{nodes: nodes}.view(w, l.observed[name])
 		count[views[name].state()]++
 	}
 	e.metric("ashlar_volumes", "gauge", "Volumes by state.")
@@ -103,17 +113,28 @@ func (h *Handler) volumeMetrics(e *exposition, r *http.Request) error {
 }
 
 func (h *Handler) diskMetrics(e *exposition, r *http.Request) error {
-	l, err := list[catalog.NodeWanted, catalog.NodeObserved](r.Context(), h, catalog.KindNode)
+	l, err := h.loadNodes(r.Context())
 	if err != nil {
 		return err
 	}
-	e.metric("ashlar_node_ready", "gauge", "1 if a node is ready.")
-	for _, name := range l.names() {
-		ready := 0.0
-		if l.observed[name].Ready {
-			ready = 1
+	for _, m := range []struct {
+		name, help string
+		holds      func(node string) bool
+	}{
+		{"ashlar_node_ready", "1 if a node is ready and lives.", l.up},
+		{"ashlar_node_alive", "1 if a node lives.", func(node string) bool { return !l.down(node) }},
+		{"ashlar_node_schedulable", "1 if a node may take new copies.", func(node string) bool { return l.wanted[node].AllowScheduling }},
+		{"ashlar_node_voter", "1 if a node is to keep a member of the catalogue.", func(node string) bool { return l.wanted[node].Voter }},
+		{"ashlar_node_member_healthy", "1 if a node's member of the catalogue votes.", func(node string) bool { return !l.down(node) && l.observed[node].Member == memberVoter }},
+	} {
+		e.metric(m.name, "gauge", m.help)
+		for _, name := range l.names() {
+			value := 0.0
+			if m.holds(name) {
+				value = 1
+			}
+			e.sample(m.name, value, "node", name)
 		}
-		e.sample("ashlar_node_ready", ready, "node", name)
 	}
 	for _, m := range []struct {
 		name, help string
@@ -156,6 +177,9 @@ func (h *Handler) imageMetrics(e *exposition, r *http.Request) error {
 	}
 	return nil
 }
+
+// memberVoter is what a node says of a member of the catalogue that is as it should be.
+const memberVoter = "voter"
 
 // counterMetrics adds what the frontends of this node count.
 func (h *Handler) counterMetrics(e *exposition, r *http.Request) error {

@@ -97,6 +97,9 @@ func (b *describer) noun(paths object, n *noun) {
 	add(resource, http.MethodGet, "get", "One of them.", nil, n.one, n.get != nil)
 	add(resource, http.MethodPut, "update", "Change it.", n.updateIn, n.one, n.update != nil)
 	add(resource, http.MethodDelete, "delete", "Ask for its end.", nil, nil, n.remove != nil)
+	if len(n.removeQuery) > 0 {
+		resource["delete"].(object)["parameters"] = parameters(n.removeQuery)
+	}
 	if len(n.actions) > 0 {
 		resource["post"] = b.actions(n)
 	}

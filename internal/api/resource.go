@@ -73,7 +73,7 @@ type Volume struct {
 	FromBackup              string               `json:"fromBackup"`
 	DataEngine              string               `json:"dataEngine"`   // constant
 	AccessMode              string               `json:"accessMode"`   // constant
-	DataLocality            string               `json:"dataLocality"` // constant
+	DataLocality            string               `json:"dataLocality"` // disabled, best-effort
 	Encrypted               bool                 `json:"encrypted"`
 	Standby                 bool                 `json:"standby"`
 	Ready                   bool                 `json:"ready"`
@@ -208,11 +208,21 @@ type Node struct {
 	AllowScheduling   bool                 `json:"allowScheduling"`
 	EvictionRequested bool                 `json:"evictionRequested"`
 	Tags              []string             `json:"tags"`
-	Region            string               `json:"region"`
-	Zone              string               `json:"zone"`
-	Version           string               `json:"version"`     // ours
-	DataVersion       string               `json:"dataVersion"` // ours: of its data process, "" while there is none
-	DataPID           int                  `json:"dataPID"`     // ours
+	Region            string               `json:"region"`        // constant
+	Zone              string               `json:"zone"`          // constant: the dialect's is Kubernetes'
+	PlacementZone     string               `json:"placementZone"` // ours: copies are kept in different zones where there are enough
+	State             string               `json:"state"`         // ours: up, not ready, down, leaving
+	AliveSince        string               `json:"aliveSince"`    // ours: when its serve began; "" while it is down or in no cluster
+	NodeID            string               `json:"nodeID"`        // ours: never used again; "" in no cluster
+	Port              int                  `json:"port"`          // ours: the first of its four ports; 0 in no cluster
+	Voter             bool                 `json:"voter"`         // ours: it is to keep a member of the catalogue
+	Member            string               `json:"member"`        // ours: that member: "", learner, voter, or why it failed
+	APIMin            int                  `json:"apiMin"`        // ours: the versions it speaks to other nodes
+	APICurrent        int                  `json:"apiCurrent"`
+	DeletionTimestamp string               `json:"deletionTimestamp"` // ours: "" unless it is being removed
+	Version           string               `json:"version"`           // ours
+	DataVersion       string               `json:"dataVersion"`       // ours: of its data process, "" while there is none
+	DataPID           int                  `json:"dataPID"`           // ours
 	Conditions        map[string]Condition `json:"conditions"`
 	Disks             map[string]Disk      `json:"disks"` // by name
 }

@@ -25,11 +25,13 @@ type noun struct {
 	update   handler
 	updateIn any
 	remove   handler
-	actions  map[string]verb // POST /v1/PLURAL/ID?action=NAME
-	ways     []way
-	kinds    []catalog.Kind // the records its resources are made of; none: it never changes
-	single   bool           // list answers one resource, not a collection
-	hidden   bool           // ours, and no schema of the dialect
+
+	removeQuery []param         // of remove
+	actions     map[string]verb // POST /v1/PLURAL/ID?action=NAME
+	ways        []way
+	kinds       []catalog.Kind // the records its resources are made of; none: it never changes
+	single      bool           // list answers one resource, not a collection
+	hidden      bool           // ours, and no schema of the dialect
 }
 
 // verb is an action.
@@ -63,11 +65,12 @@ func (h *Handler) routes() map[string]*noun {
 	all := []*noun{
 		{schema: "schema", plural: "schemas", one: Schema{}, list: h.schemaList, get: h.schemaGet},
 		{schema: "volume", plural: "volumes", one: Volume{}, list: h.volumeList, create: h.volumeCreate, createIn: volumeInput{}, get: h.volumeGet, remove: h.volumeDelete,
-			actions: h.volumeActions(), kinds: []catalog.Kind{catalog.KindVolume, catalog.KindNode, catalog.KindOperation}, ways: []way{h.volumeDownloadWay()}},
+			actions: h.volumeActions(), kinds: []catalog.Kind{catalog.KindVolume, catalog.KindNode, catalog.KindAlive, catalog.KindOperation}, ways: []way{h.volumeDownloadWay()}},
 		{schema: "backingImage", plural: "backingimages", one: BackingImage{}, list: h.imageList, create: h.imageCreate, createIn: imageInput{}, get: h.imageGet,
-			remove: h.imageDelete, actions: h.imageActions(), kinds: []catalog.Kind{catalog.KindImage}, ways: []way{h.imageDownloadWay()}},
+			remove: h.imageDelete, actions: h.imageActions(), kinds: []catalog.Kind{catalog.KindImage, catalog.KindNode, catalog.KindAlive}, ways: []way{h.imageDownloadWay()}},
 		{schema: "node", plural: "nodes", one: Node{}, list: h.nodeList, get: h.nodeGet, update: h.nodeUpdate, updateIn: nodeInput{},
-			actions: h.nodeActions(), kinds: []catalog.Kind{catalog.KindNode, catalog.KindVolume, catalog.KindImage}},
+			remove: h.nodeDelete, removeQuery: []param{{name: "force", about: "true: a dead node that has something; that is given up", options: []string{"true", "false"}}},
+			actions: h.nodeActions(), kinds: []catalog.Kind{catalog.KindNode, catalog.KindAlive, catalog.KindVolume, catalog.KindImage}},
 		{schema: "setting", plural: "settings", one: Setting{}, list: h.settingList, get: h.settingGet, update: h.settingUpdate, updateIn: settingInput{},
 			kinds: []catalog.Kind{catalog.KindSetting}},
 		{schema: "event", plural: "events", one: Event{}, list: h.eventList, get: h.eventGet, query: eventQuery(), kinds: []catalog.Kind{catalog.KindEvent}, hidden: true},
@@ -143,7 +146,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if _, ok := answer.(sent); !ok {
-		h.send(w, http.StatusOK, answer)
+		write(w, http.StatusOK, answer)
 	}
 }
 
@@ -154,7 +157,7 @@ func (h *Handler) plain(w http.ResponseWriter, r *http.Request, f func(*http.Req
 		return
 	}
 	status, answer := f(r)
-	h.send(w, status, answer)
+	write(w, status, answer)
 }
 
 // nothingAt is what is said of a path that is not served.
@@ -290,8 +293,8 @@ func (h *Handler) version(c *call) (any, error) {
 	return res, nil
 }
 
-// send writes an answer; nil is an empty body.
-func (h *Handler) send(w http.ResponseWriter, status int, answer any) {
+// write writes an answer; nil is an empty body.
+func write(w http.ResponseWriter, status int, answer any) {
 	if answer == nil {
 		w.WriteHeader(status)
 		return
@@ -317,8 +320,12 @@ func (h *Handler) fail(w http.ResponseWriter, r *http.Request, err error) {
 	if isUnauthorized(e) {
 		challenge(w.Header(), r)
 	}
-	h.send(w, e.Status, ErrorBody{
+	write(w, e.Status, errorBody(r, e))
+}
+
+func errorBody(r *http.Request, e *Error) ErrorBody {
+	return ErrorBody{
 		Type: "error", Links: map[string]string{"self": baseURL(r) + r.URL.EscapedPath()}, Actions: map[string]string{},
 		Status: e.Status, Code: http.StatusText(e.Status), Reason: e.Code, Message: e.Message,
-	})
+	}
 }

@@ -15,6 +15,7 @@ import (
 const (
 	settingReplicaCount = "default-replica-count"
 	settingImageCopies  = "default-min-number-of-backing-image-copies"
+	settingLocality     = "default-data-locality"
 )
 
 // setting is what Ashlar knows of a setting of the dialect.
@@ -48,9 +49,11 @@ func settings() map[string]setting {
 		{name: "backing-image-cleanup-wait-interval", kind: "int", value: "60", max: 100000, category: "general", about: "Minutes before an unused copy of an image goes. Not acted on yet: copies stay."},
 		{name: "backing-image-recovery-wait-interval", kind: "int", value: "300", max: 100000, category: "general", about: "Seconds before an image whose copies all failed is fetched again. Not acted on yet: failed imports are tried again by their own backoff."},
 		{name: "concurrent-backing-image-replenish-per-node-limit", kind: "int", value: "5", max: 1000, category: "general", about: "Not acted on yet."},
-		{name: "replica-soft-anti-affinity", kind: "bool", value: "false", engines: []string{"v1"}, constant: true, category: "scheduling", about: "Two copies of a volume never share a node."},
-		{name: "default-data-locality", kind: "string", value: "disabled", options: []string{"disabled"}, category: "general", about: "Not built yet."},
-		{name: "replica-auto-balance", kind: "string", value: "disabled", options: []string{"disabled"}, category: "scheduling", about: "Not built yet."},
+		{name: catalog.SettingSoftNodes, kind: "bool", value: catalog.SettingSoftNodesDefault, category: "scheduling", about: "Two copies of a volume may be on one node when there is no other."},
+		{name: catalog.SettingSoftZones, kind: "bool", value: catalog.SettingSoftZonesDefault, category: "scheduling", about: "Two copies of a volume may be in one zone when there is no other."},
+		{name: catalog.SettingSoftDisks, kind: "bool", value: catalog.SettingSoftDisksDefault, category: "scheduling", about: "Two copies of a volume on one node may be on one disk."},
+		{name: settingLocality, kind: "string", value: localityDisabled, options: []string{localityDisabled, localityBestEffort}, category: "general", about: "Of a volume that is created without one. best-effort: its copy is moved, when it is detached, to the node that used it last."},
+		{name: catalog.SettingAutoBalance, kind: "string", value: catalog.SettingAutoBalanceDefault, options: []string{"disabled", "best-effort"}, category: "scheduling", about: "best-effort: detached volumes are moved when one disk is much fuller than another."},
 		{name: "auto-cleanup-system-generated-snapshot", kind: "bool", value: "true", constant: true, category: "snapshot", about: "A purge takes system snapshots with it."},
 		{name: "snapshot-max-count", kind: "int", value: "250", min: 2, max: 250, category: "snapshot", about: "Not acted on."},
 		{name: "upgrade-checker", kind: "bool", value: "false", constant: true, category: "general", about: "Ashlar calls nobody."},

@@ -38,6 +38,13 @@ func (h *Handler) imageUpload(c *call) (any, error) {
 		return nil, Failure(CodeConflict, "image %s is being deleted", c.id)
 	case !v.in(catalog.ImagePending):
 		return nil, Failure(CodeConflict, "upload server for backing image %s has not been initiated: the image is %s, and takes one upload while it is pending", c.id, v.said())
+	}
+	node, err := h.nodeWithCopy(c.r.Context(), v, catalog.ImagePending)
+	switch {
+	case err != nil:
+		return nil, err
+	case h.elsewhere(node):
+		return h.forward(c, node, "the upload of image "+c.id)
 	case h.cfg.Extra == nil:
 		return nil, missing("upload")
 	}

@@ -20,6 +20,7 @@ type volumeView struct {
 	observed catalog.VolumeObserved
 	purge    *catalog.Operation // the last one
 	disks    map[string]string  // disk id -> path
+	nodes    nodeSet
 }
 
 // sizeBytes is the larger of what was asked for and what is: volumes only grow, and either record may lag.
@@ -43,12 +44,43 @@ func (v *volumeView) state() string {
 		return catalog.VolumeDeleting
 	case o.State == "":
 		return catalog.VolumeCreating
+	case v.orphaned() && len(v.wanted.Tickets) == 0:
+		return catalog.VolumeDetached // whoever opens it next ends what that node may still do
+	case v.orphaned() && v.wanted.Tickets[0].Node != o.Node:
+		return catalog.VolumeAttaching
 	case o.State == catalog.VolumeDetached && len(v.wanted.Tickets) > 0 && o.Robustness != catalog.RobustnessFaulted:
 		return catalog.VolumeAttaching
 	case o.State == catalog.VolumeAttached && len(v.wanted.Tickets) == 0:
 		return catalog.VolumeDetaching
 	}
 	return o.State
+}
+
+// orphaned tells that the node which has the volume open, and would say how it is, is down.
+func (v *volumeView) orphaned() bool {
+	switch v.observed.State {
+	case catalog.VolumeAttaching, catalog.VolumeAttached, catalog.VolumeDetaching:
+		return v.observed.Node != "" && v.nodes.down(v.observed.Node)
+	}
+	return false
+}
+
+// trouble is why the wanted state is not reached: what its node says, or what that cannot say.
+func (v *volumeView) trouble() string {
+	if v.orphaned() && wantedOn(v.wanted, v.observed.Node) {
+		return fmt.Sprintf("node %s, where it is attached, is down; it goes on when that is back, or elsewhere after `ashlar volume detach %s --force`", v.observed.Node, v.wanted.Name)
+	}
+	var away []string
+	for _, r := range v.wanted.Replicas {
+		if v.nodes.down(r.Node) {
+			away = append(away, r.Node)
+		}
+	}
+	if len(away) > 0 && len(away) == len(v.wanted.Replicas) && !v.orphaned() {
+		slices.Sort(away)
+		return fmt.Sprintf("node %s, which has its only copy, is down", strings.Join(slices.Compact(away), ", "))
+	}
+	return v.observed.Error
 }
 
 func (v *volumeView) attached() bool { return v.state() == catalog.VolumeAttached }
@@ -77,17 +109,18 @@ func (h *Handler) loadVolume(ctx context.Context, name string) (*volumeView, err
 type side struct {
 	disks  map[string]string
 	purges map[string]catalog.Operation // by volume id
+	nodes  nodeSet
 }
 
 func (h *Handler) loadSide(ctx context.Context) (side, error) {
 	s := side{disks: map[string]string{}, purges: map[string]catalog.Operation{}}
-	nodes, err := list[catalog.NodeWanted, catalog.NodeObserved](ctx, h, catalog.KindNode)
-	if err != nil {
+	var err error
+	if s.nodes, err = h.loadNodes(ctx); err != nil {
 		return s, err
 	}
-	for name, o := range nodes.observed {
+	for name, o := range s.nodes.observed {
 		for disk, d := range o.Disks {
-			s.disks[d.DiskID] = nodes.wanted[name].Disks[disk].Path
+			s.disks[d.DiskID] = s.nodes.wanted[name].Disks[disk].Path
 		}
 	}
 	ops, err := list[catalog.Operation, struct{}](ctx, h, catalog.KindOperation)
@@ -103,7 +136,7 @@ func (h *Handler) loadSide(ctx context.Context) (side, error) {
 }
 
 func (s side) view(w catalog.VolumeWanted, o catalog.VolumeObserved) *volumeView {
-	v := &volumeView{wanted: w, disks: s.disks}
+	v := &volumeView{wanted: w, disks: s.disks, nodes: s.nodes}
 	// A record of an earlier volume of this name says nothing of this one.
 	if o.ID == w.ID {
 		v.observed = o
@@ -143,12 +176,12 @@ func (h *Handler) volume(c *call, v *volumeView) Volume {
 	w := v.wanted
 	res := Volume{
 		Resource: c.resource(w.Name, volumeActionsOf(v)...), Name: w.Name, Size: strconv.FormatInt(v.sizeBytes(), 10), NumberOfReplicas: w.Copies,
-		State: v.state(), Robustness: v.observed.Robustness, Frontend: w.Frontend, BackingImage: w.Image, Created: stamp(w.Created), Error: v.observed.Error,
-		Image: h.engineImage(), CurrentImage: h.engineImage(), BackupCompressionMethod: "lz4", DataEngine: "v1", AccessMode: "rwo", DataLocality: "disabled",
-		Ready: v.wanted.Deleted == nil && v.observed.Robustness != catalog.RobustnessFaulted, DiskSelector: []string{}, NodeSelector: []string{},
+		State: v.state(), Robustness: v.observed.Robustness, Frontend: w.Frontend, BackingImage: w.Image, Created: stamp(w.Created), Error: v.trouble(),
+		Image: h.engineImage(), CurrentImage: h.engineImage(), BackupCompressionMethod: "lz4", DataEngine: "v1", AccessMode: "rwo", DataLocality: cmp.Or(w.DataLocality, localityDisabled),
+		Ready: v.wanted.Deleted == nil && v.observed.Robustness != catalog.RobustnessFaulted, DiskSelector: tags(w.DiskSelector), NodeSelector: tags(w.NodeSelector),
 		Conditions: v.conditions(), BackupStatus: []any{}, RestoreStatus: []any{}, RebuildStatus: []any{},
 	}
-	if res.Robustness == "" {
+	if res.Robustness == "" || v.orphaned() {
 		res.Robustness = catalog.RobustnessUnknown
 	}
 	if t := v.ticket(); t != nil {
@@ -175,7 +208,7 @@ func (h *Handler) controller(v *volumeView) Controller {
 		Name: v.wanted.Name + "-e-0", Size: strconv.FormatInt(size, 10), ActualSize: strconv.FormatInt(used, 10),
 		Image: h.engineImage(), CurrentImage: h.engineImage(), IsExpanding: v.observed.SizeBytes > 0 && v.observed.SizeBytes < v.wanted.SizeBytes,
 	}
-	if v.observed.State == catalog.VolumeAttached {
+	if v.observed.State == catalog.VolumeAttached && !v.orphaned() {
 		ctl.Running, ctl.HostID, ctl.Endpoint = true, v.observed.Node, v.observed.Endpoint
 		ctl.InstanceManagerName = instanceManagerName(v.observed.Node)
 	}
@@ -198,6 +231,9 @@ func (h *Handler) replicas(v *volumeView) []Replica {
 			Name: replicaName(v.wanted.Name, p.ReplicaID), HostID: p.Node, DiskID: p.DiskID, DiskPath: v.disks[p.DiskID], DataPath: o.DataPath,
 			Running: o.Running, Mode: o.Mode, FailedAt: o.FailedAt, Image: h.engineImage(), CurrentImage: h.engineImage(),
 			AllocatedBytes: strconv.FormatInt(o.AllocatedBytes, 10),
+		}
+		if v.nodes.down(p.Node) { // nobody can say that it runs
+			r.Running, r.Mode = false, ""
 		}
 		if r.DataPath != "" && !path.IsAbs(r.DataPath) {
 			r.DataPath = path.Join(r.DiskPath, r.DataPath)
@@ -274,7 +310,8 @@ type volumeInput struct {
 	Standby          bool        `json:"standby"`
 	DiskSelector     []string    `json:"diskSelector"`
 	NodeSelector     []string    `json:"nodeSelector"`
-	Limits           limitsInput `json:"limits"` // ours
+	DataLocality     string      `json:"dataLocality"` // disabled, best-effort; "": the setting's
+	Limits           limitsInput `json:"limits"`       // ours
 }
 
 func (h *Handler) volumeCreate(c *call) (any, error) {
@@ -289,7 +326,14 @@ func (h *Handler) volumeCreate(c *call) (any, error) {
 		return nil, err
 	}
 	ctx := c.r.Context()
-	w := catalog.VolumeWanted{Name: in.Name, Copies: in.NumberOfReplicas, Frontend: cmp.Or(in.Frontend, h.cfg.Frontend), Created: h.cfg.Now().UTC()}
+	w := catalog.VolumeWanted{
+		Name: in.Name, Copies: in.NumberOfReplicas, Frontend: cmp.Or(in.Frontend, h.cfg.Frontend), Created: h.cfg.Now().UTC(),
+		NodeSelector: selector(in.NodeSelector), DiskSelector: selector(in.DiskSelector),
+	}
+	var err error
+	if w.DataLocality, err = h.locality(ctx, in.DataLocality); err != nil {
+		return nil, err
+	}
 	if err := in.Limits.apply(w.Name, &w.Limits); err != nil {
 		return nil, err
 	}
@@ -347,10 +391,90 @@ func (in *volumeInput) check() error {
 		return refuse("encryption")
 	case in.Standby:
 		return refuse("standby volumes")
-	case len(in.DiskSelector) > 0 || len(in.NodeSelector) > 0:
-		return refuse("disk and node selectors")
 	}
-	return nil
+	if err := checkLocality(in.Name, in.DataLocality); err != nil {
+		return err
+	}
+	return checkSelectors("volume "+in.Name, in.NodeSelector, in.DiskSelector)
+}
+
+// checkSelectors wants lists of tags.
+func checkSelectors(what string, node, disk []string) error {
+	if err := checkTags(what+": nodeSelector", node); err != nil {
+		return err
+	}
+	return checkTags(what+": diskSelector", disk)
+}
+
+// selector is the form in which one is kept.
+func selector(in []string) []string {
+	if len(in) == 0 {
+		return nil
+	}
+	return tags(in)
+}
+
+// The localities of the dialect that Ashlar has.
+const (
+	localityDisabled   = "disabled"
+	localityBestEffort = "best-effort"
+)
+
+func checkLocality(volume, locality string) error {
+	switch locality {
+	case "", localityDisabled, localityBestEffort:
+		return nil
+	case "strict-local":
+		return Failure(CodeNotSupported, "volume %s: dataLocality %q is not supported; with %q the copy is moved to the node that used it last", volume, locality, localityBestEffort)
+	}
+	return Failure(CodeInvalid, "volume %s: there is no dataLocality %s; use %q or %q", volume, quote(locality), localityDisabled, localityBestEffort)
+}
+
+// locality is the record's form of what was asked for, or of the setting where nothing was.
+func (h *Handler) locality(ctx context.Context, asked string) (string, error) {
+	if asked == "" {
+		rec, ok, err := find[catalog.Setting](ctx, h.cfg.Catalog, catalog.SettingKey(settingLocality))
+		if err != nil {
+			return "", err
+		}
+		if ok {
+			asked = rec.Value
+		}
+	}
+	if asked == localityDisabled {
+		asked = ""
+	}
+	return asked, nil
+}
+
+type localityInput struct {
+	DataLocality string `json:"dataLocality"` // disabled, best-effort
+}
+
+// updateLocality changes a volume's locality; a copy moves when the volume is detached.
+func (h *Handler) updateLocality(c *call) (any, error) {
+	var in localityInput
+	if err := c.body(&in); err != nil {
+		return nil, err
+	}
+	if in.DataLocality == "" {
+		return nil, Failure(CodeInvalid, "volume %s: dataLocality is missing; use %q or %q", quote(c.id), localityDisabled, localityBestEffort)
+	}
+	if err := checkLocality(quote(c.id), in.DataLocality); err != nil {
+		return nil, err
+	}
+	locality, err := h.locality(c.r.Context(), in.DataLocality)
+	if err != nil {
+		return nil, err
+	}
+	_, _, err = catalog.Update(c.r.Context(), h.cfg.Catalog, catalog.VolumeKey(catalog.Wanted, c.id), func(w *catalog.VolumeWanted) error {
+		w.DataLocality = locality
+		return nil
+	})
+	if err != nil {
+		return nil, h.gone(c, err)
+	}
+	return h.volumeGet(c)
 }
 
 // baseVolume settles size and image, which depend on each other.
@@ -444,7 +568,7 @@ func (h *Handler) volumeDelete(c *call) (any, error) {
 
 // volumeActionsOf lists the verbs that make sense in a volume's state.
 func volumeActionsOf(v *volumeView) []string {
-	actions := []string{"attach", "detach", "check", "updateLimits"}
+	actions := []string{"attach", "detach", "check", "updateLimits", "updateDataLocality"}
 	switch {
 	case v.observed.Robustness == catalog.RobustnessFaulted:
 		return append(actions, "salvage")
@@ -461,7 +585,8 @@ func (h *Handler) volumeActions() map[string]verb {
 		"attach": {do: h.attach, in: attachInput{}, out: Volume{}}, "detach": {do: h.detach, in: detachInput{}, out: Volume{}},
 		"salvage": {do: h.salvage, in: salvageInput{}, out: Volume{}}, "expand": {do: h.expand, in: expandInput{}, out: Volume{}},
 		"check": {do: h.check, out: CheckReport{}}, "updateLimits": {do: h.updateLimits, in: limitsInput{}, out: Volume{}},
-		"exportFile": {do: h.exportFile, in: exportInput{}, out: Operation{}}, "snapshotDiff": {do: h.snapshotDiff, in: diffInput{}, out: SnapshotDiff{}, reads: true},
+		"updateDataLocality": {do: h.updateLocality, in: localityInput{}, out: Volume{}},
+		"exportFile":         {do: h.exportFile, in: exportInput{}, out: Operation{}}, "snapshotDiff": {do: h.snapshotDiff, in: diffInput{}, out: SnapshotDiff{}, reads: true},
 		"snapshotCreate": {do: h.snapshotCreate, in: snapshotInput{}, out: Snapshot{}}, "snapshotList": {do: h.snapshotList, out: Collection[Snapshot]{}, reads: true},
 		"snapshotGet": {do: h.snapshotGet, in: snapshotInput{}, out: Snapshot{}, reads: true}, "snapshotDelete": {do: h.snapshotDelete, in: snapshotInput{}, out: Volume{}},
 		"snapshotRevert": {do: h.snapshotRevert, in: snapshotInput{}}, "snapshotPurge": {do: h.snapshotPurge, out: Volume{}},
@@ -470,7 +595,7 @@ func (h *Handler) volumeActions() map[string]verb {
 	}
 	for what, verbs := range map[string]string{
 		"backups":                       "snapshotBackup",
-		"replication":                   "replicaRemove updateReplicaCount updateReplicaAutoBalance updateReplicaSoftAntiAffinity updateReplicaZoneSoftAntiAffinity updateReplicaDiskSoftAntiAffinity updateDataLocality",
+		"replication":                   "replicaRemove updateReplicaCount updateReplicaAutoBalance updateReplicaSoftAntiAffinity updateReplicaZoneSoftAntiAffinity updateReplicaDiskSoftAntiAffinity",
 		"upgrade by engine image":       "engineUpgrade",
 		"standby volumes":               "activate",
 		"recurring jobs":                "recurringJobAdd recurringJobDelete recurringJobList",
