@@ -91,7 +91,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	root.AddCommand(a.serveCommands()...)
 	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.settingCommand(), a.tokenCommand(), a.eventsCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
 		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.doctorCommand(),
-		a.supportCommand(), a.clusterCommand(), a.manualCommand(), a.upgradeCommand())
+		a.supportCommand(), a.clusterCommand(), a.manualCommand(), a.upgradeCommand(), a.devCommand())
 	checkArgs(root)
 	return root
 }

@@ -63,7 +63,7 @@ var mayImport = map[string][]string{
 }
 
 // commandMayImport is for cmd/ashlar: wiring, the client, and what offline commands read.
-var commandMayImport = []string{"node", "api", "api/client", "identity", "layer", "disk", "dataplane", "dataplane/hold", "dataplane/client", "job", "block", "image", "export/blockdev", "replica", "replica/local", "catalog"}
+var commandMayImport = []string{"node", "api", "api/client", "identity", "layer", "disk", "dataplane", "dataplane/hold", "dataplane/client", "job", "block", "image", "export/blockdev", "replica", "replica/local", "catalog", "testbed"}
 
 // testsMayImport adds to mayImport for _test.go files: suites, twins and faults.
 var testsMayImport = []string{"block", "block/blocktest", "block/blockfault", "disk", "disk/disktest", "replica/local", "replica/replicatest", "volume/ledgertest", "catalog/catalogtest", "catalog", "control", "identity", "testbed"}
