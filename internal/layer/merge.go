@@ -140,7 +140,7 @@ func (g *merger) page(page int64) error {
 		return err
 	}
 	g.into.data.Add(countData(codes[:]))
-	return g.writeSums(page)
+	return g.into.writeSums(page, g.sums[:])
 }
 
 // copy takes n Data units of a layer over.
@@ -211,19 +211,19 @@ func (g *merger) sum(from *Layer, unit int64, p []byte) error {
 	return nil
 }
 
-// writeSums writes the checksums of a page, region by region, where there are any.
-func (g *merger) writeSums(page int64) error {
+// writeSums writes the checksums of a map page, region by region, where there are any.
+func (l *Layer) writeSums(page int64, sums []uint32) error {
 	for r := range pageRegions {
 		var b [regionUnits * 4]byte
 		any := uint32(0)
-		for i, s := range g.sums[r*regionUnits : (r+1)*regionUnits] {
+		for i, s := range sums[r*regionUnits : (r+1)*regionUnits] {
 			binary.LittleEndian.PutUint32(b[i*4:], s)
 			any |= s
 		}
 		if any == 0 {
 			continue
 		}
-		if _, err := g.into.f.WriteAt(b[:], g.into.sb.Sums.Off+(page*pageRegions+int64(r))*regionUnits*4); err != nil {
+		if _, err := l.f.WriteAt(b[:], l.sb.Sums.Off+(page*pageRegions+int64(r))*regionUnits*4); err != nil {
 			return err
 		}
 	}

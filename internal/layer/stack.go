@@ -220,6 +220,11 @@ func (s *Stack) find(i int64) (*view, *region, error) {
 
 // Extents implements block.Device. It looks at no more than 16 GiB of disk and 4096 extents at a time.
 func (s *Stack) Extents(off, n int64) ([]block.Extent, error) {
+	return s.extents(off, n, func(_ *view, src source) (block.State, error) { return src.state(), nil })
+}
+
+// extents is Extents with a say in what a unit's source means.
+func (s *Stack) extents(off, n int64, state func(*view, source) (block.State, error)) ([]block.Extent, error) {
 	v := s.view.Load()
 	if s.closed.Load() {
 		return nil, fmt.Errorf("layer: extents: %w", block.ErrClosed)
@@ -231,19 +236,23 @@ func (s *Stack) Extents(off, n int64) ([]block.Extent, error) {
 	var list []block.Extent
 	end := (off + n + unitBytes - 1) / unitBytes
 	for at, last := off/unitBytes, min(end, off/unitBytes+maxUnits); at < last && n > 0; {
-		_, r, err := s.find(at / regionUnits)
+		v, r, err := s.find(at / regionUnits)
 		if err != nil {
 			return nil, fmt.Errorf("layer: extents: %w", err)
 		}
 		in := int(at % regionUnits)
 		src, stop := r.at(in, int(min(regionUnits, int64(in)+last-at)))
+		is, err := state(v, src)
+		if err != nil {
+			return nil, fmt.Errorf("layer: extents: %w", err)
+		}
 		from, to := max(off, at*unitBytes), min(off+n, (at+int64(stop-in))*unitBytes)
-		if k := len(list) - 1; k >= 0 && list[k].State == src.state() {
+		if k := len(list) - 1; k >= 0 && list[k].State == is {
 			list[k].N += to - from
 		} else if k+1 == maxExtents {
 			break
 		} else {
-			list = append(list, block.Extent{Off: from, N: to - from, State: src.state()})
+			list = append(list, block.Extent{Off: from, N: to - from, State: is})
 		}
 		at += int64(stop - in)
 	}

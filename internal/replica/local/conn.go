@@ -363,9 +363,9 @@ func toLayer(s replica.SnapshotMeta) *layer.Snapshot {
 	return &layer.Snapshot{Name: s.Name, UserCreated: s.UserCreated, Removed: s.Removed, Created: s.Created, Labels: s.Labels}
 }
 
-// snapshot is an open snapshot: a stack of sealed layers, which it pins.
+// snapshot is an open snapshot, a stack of sealed layers, or a layer open by itself; what it reads is pinned.
 type snapshot struct {
-	*layer.Stack
+	block.Device
 	r    *Replica
 	pins []*layer.Layer
 }
@@ -382,7 +382,7 @@ func (s *snapshot) Close() error {
 	if !mine {
 		return block.ErrClosed
 	}
-	return s.Stack.Close()
+	return s.Device.Close()
 }
 
 // OpenSnapshot implements replica.Replica. It needs no writer.
@@ -409,7 +409,7 @@ func (r *Replica) OpenSnapshot(id replica.LayerID) (block.Device, error) {
 	if err != nil {
 		return nil, fmt.Errorf("snapshot %s: %w", id, err)
 	}
-	s := &snapshot{Stack: stack, r: r, pins: list}
+	s := &snapshot{Device: stack, r: r, pins: list}
 	r.snaps[s] = struct{}{}
 	r.pin(list)
 	return s, nil

@@ -443,7 +443,7 @@ func (r *Replica) Close() error {
 		bound.end(fmt.Errorf("replica %s: %w", r.dir, block.ErrClosed))
 	}
 	for s := range snaps {
-		errs = append(errs, s.Stack.Close())
+		errs = append(errs, s.Device.Close())
 	}
 	r.verbs <- struct{}{} // a verb under way sees that life has ended
 	r.bg.Wait()
