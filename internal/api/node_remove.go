@@ -79,44 +79,32 @@ func (n nodeSet) mayGo(name string) error {
 
 // emptied refuses to remove a node that has something. With force what it has is given up: what was to be attached there is not any more.
 func (h *Handler) emptied(ctx context.Context, nodes nodeSet, name string, force bool) error {
-	volumes, err := list[catalog.VolumeWanted, catalog.VolumeObserved](ctx, h, catalog.KindVolume)
+	has, err := h.contents(ctx, nodes, name)
 	if err != nil {
 		return err
-	}
-	images, err := list[catalog.ImageWanted, catalog.ImageObserved](ctx, h, catalog.KindImage)
-	if err != nil {
-		return err
-	}
-	var attached, copies, imageCopies []string
-	for _, volume := range volumes.names() {
-		w := volumes.wanted[volume]
-		if wantedOn(w, name) {
-			attached = append(attached, volume)
-		}
-		if slices.ContainsFunc(slices.Concat(w.Replicas, w.Dropped), func(p catalog.Placement) bool { return p.Node == name }) {
-			copies = append(copies, volume)
-		}
-	}
-	of := nodes.diskNodes()
-	for _, image := range images.names() {
-		on := newImageView(images.wanted[image], images.observed[image]).onDisks()
-		if slices.ContainsFunc(on, func(disk string) bool { return of[disk] == name }) {
-			imageCopies = append(imageCopies, image)
-		}
 	}
 	if force {
-		return h.giveUpTickets(ctx, attached, name)
+		return h.giveUpTickets(ctx, has.Attached, name)
 	}
 	var why []string
-	for what, list := range map[string][]string{"attached there: ": attached, "copies of volumes: ": copies, "copies of images: ": imageCopies} {
-		if len(list) > 0 {
-			why = append(why, what+few(list))
+	add := func(what string, names []string) {
+		if names = slices.Compact(names); len(names) > 0 {
+			why = append(why, what+few(names))
 		}
 	}
+	var copies, images []string
+	for _, v := range has.Copies {
+		copies = append(copies, v.Volume)
+	}
+	for _, i := range has.Images {
+		images = append(images, i.Image)
+	}
+	add("attached there: ", has.Attached)
+	add("copies of volumes: ", copies)
+	add("copies of images: ", images)
 	if len(why) == 0 {
 		return nil
 	}
-	slices.Sort(why)
 	return Failure(CodeInUse, "node %s still has %s; empty it first (`ashlar node drain %s`), or, if it is lost for good, force it: what only it had is lost then",
 		name, strings.Join(why, "; "), name)
 }

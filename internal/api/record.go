@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"sync"
 
 	"ashlar/internal/catalog"
 )
@@ -34,7 +35,31 @@ func list[W, O any](ctx context.Context, h *Handler, kind catalog.Kind) (listed[
 	if err != nil {
 		return l, err
 	}
+	parts := make([]listed[W, O], (len(entries)+listChunk-1)/listChunk)
+	var wg sync.WaitGroup
+	for i := range parts {
+		chunk := entries[i*listChunk : min(len(entries), (i+1)*listChunk)]
+		if len(parts) == 1 {
+			l.decode(h, chunk)
+			return l, nil
+		}
+		parts[i] = listed[W, O]{wanted: map[string]W{}, observed: map[string]O{}}
+		wg.Go(func() { parts[i].decode(h, chunk) })
+	}
+	wg.Wait()
+	for _, p := range parts {
+		maps.Copy(l.wanted, p.wanted)
+		maps.Copy(l.observed, p.observed)
+	}
+	return l, nil
+}
+
+// listChunk is how many records one goroutine decodes: thousands of volumes are worth all cores.
+const listChunk = 1000
+
+func (l listed[W, O]) decode(h *Handler, entries []catalog.Entry) {
 	for _, e := range entries {
+		var err error
 		if e.Key.Part == catalog.Observed {
 			err = decodeInto(l.observed, e)
 		} else {
@@ -44,7 +69,6 @@ func list[W, O any](ctx context.Context, h *Handler, kind catalog.Kind) (listed[
 			h.cfg.Log.Error("unreadable record left out", "error", err)
 		}
 	}
-	return l, nil
 }
 
 func decodeInto[T any](m map[string]T, e catalog.Entry) error {

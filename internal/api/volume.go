@@ -65,6 +65,14 @@ func (v *volumeView) orphaned() bool {
 	return false
 }
 
+// robustness is what its node says, unless that cannot say it.
+func (v *volumeView) robustness() string {
+	if v.orphaned() {
+		return catalog.RobustnessUnknown
+	}
+	return cmp.Or(v.observed.Robustness, catalog.RobustnessUnknown)
+}
+
 // trouble is why the wanted state is not reached: what its node says, or what that cannot say.
 func (v *volumeView) trouble() string {
 	if v.orphaned() && wantedOn(v.wanted, v.observed.Node) {
@@ -176,13 +184,10 @@ func (h *Handler) volume(c *call, v *volumeView) Volume {
 	w := v.wanted
 	res := Volume{
 		Resource: c.resource(w.Name, volumeActionsOf(v)...), Name: w.Name, Size: strconv.FormatInt(v.sizeBytes(), 10), NumberOfReplicas: w.Copies,
-		State: v.state(), Robustness: v.observed.Robustness, Frontend: w.Frontend, BackingImage: w.Image, Created: stamp(w.Created), Error: v.trouble(),
+		State: v.state(), Robustness: v.robustness(), Frontend: w.Frontend, BackingImage: w.Image, Created: stamp(w.Created), Error: v.trouble(),
 		Image: h.engineImage(), CurrentImage: h.engineImage(), BackupCompressionMethod: "lz4", DataEngine: "v1", AccessMode: "rwo", DataLocality: cmp.Or(w.DataLocality, localityDisabled),
 		Ready: v.wanted.Deleted == nil && v.observed.Robustness != catalog.RobustnessFaulted, DiskSelector: tags(w.DiskSelector), NodeSelector: tags(w.NodeSelector),
 		Conditions: v.conditions(), BackupStatus: []any{}, RestoreStatus: []any{}, RebuildStatus: []any{},
-	}
-	if res.Robustness == "" || v.orphaned() {
-		res.Robustness = catalog.RobustnessUnknown
 	}
 	if t := v.ticket(); t != nil {
 		res.DisableFrontend = t.DisableFrontend
@@ -207,6 +212,9 @@ func (h *Handler) controller(v *volumeView) Controller {
 	ctl := Controller{
 		Name: v.wanted.Name + "-e-0", Size: strconv.FormatInt(size, 10), ActualSize: strconv.FormatInt(used, 10),
 		Image: h.engineImage(), CurrentImage: h.engineImage(), IsExpanding: v.observed.SizeBytes > 0 && v.observed.SizeBytes < v.wanted.SizeBytes,
+	}
+	if len(v.wanted.Tickets) > 0 {
+		ctl.HostID = v.wanted.Tickets[0].Node
 	}
 	if v.observed.State == catalog.VolumeAttached && !v.orphaned() {
 		ctl.Running, ctl.HostID, ctl.Endpoint = true, v.observed.Node, v.observed.Endpoint
