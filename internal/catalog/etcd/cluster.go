@@ -2,7 +2,42 @@ package etcd
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"ashlar/internal/catalog"
+)
+
+// The clock of one of several members. A leader says every heartbeat that it is there; who hears nothing for an election's length (and up to twice that, by
+// chance) stands for election. 100 ms and 1 s are etcd's defaults and right for a LAN, whose round trips are below 1 ms, and on loopback: the length is for disks, not for
+// the network. A leader whose fdatasync takes 300 ms, as a busy disk's does, must not lose its place; one that died is replaced within 1 to 2 s, a third of catalog.AliveTTL.
+const (
+	clusterTickMS     = 100
+	clusterElectionMS = 1000
+	// clusterCatchUp is how many entries a member may have missed and still be given one by one; more, and it gets the database as a whole.
+	clusterCatchUp = 5000
+	// maxLearners: one that never comes must not keep others out.
+	maxLearners = 5
 )
 
 // Member says how the embedded member is reached by others: a member of several, or one that others may join. Without it (Options.Member nil) the member is
@@ -10,11 +45,13 @@ import (
 // and name may differ from those of the last start: the member tells the others.
 type Member struct {
 	Name         string // the node's
-	PeerListen   string // host:port
-	ClientListen string // host:port
+	PeerListen   string // IP:port; no IP: all
+	ClientListen string // IP:port; no IP: all
 	PeerURL      string // https://host:port, where the other members reach it
 	ClientURL    string // https://host:port, where every node's client reaches it
 	Files        Files  // certificate for both, as server and as client
+	// Admit says who may be a client, given a certificate that the authority signed; nil: everybody. It is asked at every call, and must not call the Store.
+	Admit func(*x509.Certificate) error
 	// Members are the members as last seen, also this one. If Dir holds no member yet and somebody else is in it, the member joins them: AddLearner must have been
 	// said of it before. Empty or only this one: it is the first, or its directory knows.
 	Members []Peer
@@ -74,35 +111,345 @@ var (
 	ErrQuorum = errors.New("too few members would be left to agree")
 )
 
+// check holds what Open needs of a Member.
+func (m *Member) check() error {
+	bad := func(what, got string) error { return fmt.Errorf("etcd: member's %s %q: %w", what, got, ErrOptions) }
+	if m.Name == "" {
+		return bad("name", m.Name)
+	}
+	for what, u := range map[string]string{"peer URL": m.PeerURL, "client URL": m.ClientURL} {
+		if p, err := url.Parse(u); err != nil || p.Scheme != "https" || p.Port() == "" {
+			return bad(what, u)
+		}
+	}
+	for what, a := range map[string]string{"address for peers": m.PeerListen, "address for clients": m.ClientListen} {
+		host, port, err := net.SplitHostPort(a)
+		if err != nil || port == "" || host != "" && net.ParseIP(host) == nil {
+			return bad(what, a)
+		}
+	}
+	return nil
+}
+
+// others returns the members that are not this one.
+func (m *Member) others() []Peer {
+	return slices.DeleteFunc(slices.Clone(m.Members), func(p Peer) bool { return p.Name == m.Name || p.PeerURL == m.PeerURL })
+}
+
+func (f Files) info() transport.TLSInfo {
+	return transport.TLSInfo{
+		CertFile: f.Cert, KeyFile: f.Key, TrustedCAFile: f.CA, ClientCertAuth: true,
+		MinVersion:          tls.VersionTLS13,
+		SkipClientSANVerify: true, // a certificate names a node, and a node may have more addresses than its certificate says
+	}
+}
+
+// client is the configuration of a client that shows the certificate; changed files count at the next handshake.
+func (f Files) client() (*tls.Config, error) {
+	c, err := f.info().ClientConfig()
+	if err != nil {
+		return nil, fmt.Errorf("certificate %s: %w", f.Cert, err)
+	}
+	return c, nil
+}
+
+// openClustered starts the member and asks all.
+func (s *Store) openClustered(ctx context.Context, o Options) error {
+	m := o.Member
+	tc, err := m.Files.client()
+	if err != nil {
+		return err
+	}
+	d := dialer{tls: tc, log: o.Log}
+	others := m.others()
+	mem := newMember(o.Log)
+	err = mem.startClustered(ctx, o, d)
+	switch {
+	case err == nil:
+		s.follow(mem)
+	case errors.Is(err, ErrRemoved) || errors.Is(err, ErrEmptied) || errors.Is(err, ErrInUse) || len(others) == 0:
+		return err
+	default: // the others are there
+		o.Log.Error("the catalogue's member on this node does not start", "error", err)
+		mem.gaveUp(err)
+		close(mem.stopped)
+		mem.begun = true
+	}
+	s.member = mem
+	urls := []string{m.ClientURL}
+	for _, p := range others {
+		urls = append(urls, p.ClientURL)
+	}
+	s.router = newRouter(s, d.dial, urls)
+	s.router.own, s.router.sync = m.ClientURL, true
+	s.options = m
+	s.workers.Go(s.router.run)
+	return nil
+}
+
+// startClustered starts the member; it may not be ready yet.
+func (m *member) startClustered(ctx context.Context, o Options, d dialer) error {
+	cfg, err := clusteredConfig(o)
+	if err != nil {
+		return err
+	}
+	if others := o.Member.others(); !started(o.Dir) && len(others) > 0 {
+		cfg.ClusterState = embed.ClusterStateFlagExisting
+		if cfg.InitialCluster, err = joining(ctx, o.Member, others, d); err != nil {
+			return err
+		}
+	}
+	ending, end := context.WithCancel(context.Background())
+	cfg.GRPCAdditionalServerOptions = gate{admit: o.Member.Admit, ending: ending}.options()
+	m.endStreams = end
+	return m.start(o.Dir, cfg)
+}
+
+func clusteredConfig(o Options) (*embed.Config, error) {
+	m := o.Member
+	cfg := config(o.Dir)
+	cfg.Name = m.Name
+	cfg.ListenPeerUrls, cfg.ListenClientUrls = []url.URL{listenURL(m.PeerListen)}, []url.URL{listenURL(m.ClientListen)}
+	for _, a := range []struct {
+		to   *[]url.URL
+		from string
+	}{{&cfg.AdvertisePeerUrls, m.PeerURL}, {&cfg.AdvertiseClientUrls, m.ClientURL}} {
+		u, err := url.Parse(a.from)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrOptions, err)
+		}
+		*a.to = []url.URL{*u}
+	}
+	cfg.InitialCluster = m.Name + "=" + m.PeerURL
+	cfg.PeerTLSInfo, cfg.ClientTLSInfo = m.Files.info(), m.Files.info()
+	cfg.TlsMinVersion = "TLS1.3"
+	cfg.TickMs, cfg.ElectionMs = clusterTickMS, clusterElectionMS
+	cfg.SnapshotCatchUpEntries = clusterCatchUp
+	cfg.MaxLearners = maxLearners
+	cfg.StrictReconfigCheck = false // RemoveMember checks what matters
+	cfg.ForceNewCluster = m.ForceNew
+	return cfg, nil
+}
+
+func listenURL(addr string) url.URL {
+	if strings.HasPrefix(addr, ":") {
+		addr = "[::]" + addr
+	}
+	return url.URL{Scheme: "https", Host: addr}
+}
+
+// started tells whether a member has ever begun in dir.
+func started(dir string) bool {
+	logs, _ := filepath.Glob(filepath.Join(dir, "member", "wal", "*.wal")) // the pattern is well-formed
+	return len(logs) > 0
+}
+
+// joining asks the others who they are, in the form in which etcd wants to hear it again, and checks that this member was added.
+func joining(ctx context.Context, m *Member, others []Peer, d dialer) (string, error) {
+	list, err := askMembers(ctx, others, d)
+	if err != nil {
+		return "", fmt.Errorf("join: %w", err)
+	}
+	added := false
+	var all []string
+	for _, x := range list {
+		name := x.Name
+		mine := slices.Contains(x.PeerURLs, m.PeerURL)
+		if (mine || name == m.Name) && name != "" {
+			return "", fmt.Errorf("join: member %s at %s has begun before: %w", name, strings.Join(x.PeerURLs, ","), ErrEmptied)
+		}
+		if mine {
+			added, name = true, m.Name
+		} else if name == "" {
+			name = fmt.Sprintf("%x", x.ID)
+		}
+		for _, u := range x.PeerURLs {
+			all = append(all, name+"="+u)
+		}
+	}
+	if !added {
+		return "", fmt.Errorf("join: no member with peer URL %s was added: %w", m.PeerURL, ErrRemoved)
+	}
+	return strings.Join(all, ","), nil
+}
+
+// askMembers asks peers, in turn until ctx ends, for the list of members.
+func askMembers(ctx context.Context, peers []Peer, d dialer) ([]*pb.Member, error) {
+	var r *clientv3.MemberListResponse
+	err := asOther(ctx, peers, d, func(ctx context.Context, c *clientv3.Client) (err error) {
+		r, err = c.MemberList(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r.Members, nil
+}
+
+// asOther runs fn through the first of peers that carries it out, and tries them again until ctx ends.
+func asOther(ctx context.Context, peers []Peer, d dialer, fn func(context.Context, *clientv3.Client) error) error {
+	var last error
+	for {
+		for _, p := range peers {
+			if p.ClientURL == "" {
+				continue
+			}
+			c, err := d.dial(p.ClientURL)
+			if err == nil {
+				try, cancel := context.WithTimeout(ctx, 2*time.Second)
+				err = fn(try, c)
+				cancel()
+				_ = c.Close()
+			}
+			if err == nil {
+				return nil
+			}
+			last = fmt.Errorf("%s: %w", p.ClientURL, err)
+		}
+		wait := time.NewTimer(probeWait)
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return fmt.Errorf("%w: %w: %w", catalog.ErrUnreachable, ctx.Err(), last)
+		case <-wait.C:
+		}
+	}
+}
+
+// announce makes the cluster know this member's address, and learns whether it still is a member.
+func (s *Store) announce(ctx context.Context) error {
+	m := s.member
+	if m.etcd == nil {
+		return nil // it did not start
+	}
+	var list []*pb.Member
+	if err := s.call(ctx, again, func(ctx context.Context, c *clientv3.Client) error {
+		r, err := c.MemberList(ctx)
+		if err == nil {
+			list = r.Members
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	id := uint64(m.etcd.Server.MemberID())
+	i := slices.IndexFunc(list, func(x *pb.Member) bool { return x.ID == id })
+	if i < 0 {
+		return fmt.Errorf("member %x is not in the list of members: %w", id, ErrRemoved)
+	}
+	if slices.Equal(list[i].PeerURLs, []string{s.options.PeerURL}) {
+		return nil
+	}
+	return s.call(ctx, again, func(ctx context.Context, c *clientv3.Client) error {
+		_, err := c.MemberUpdate(ctx, id, []string{s.options.PeerURL})
+		return err
+	})
+}
+
 // Rejoin makes a place for a member that Open refused with ErrRemoved or ErrEmptied: it asks o.Member.Members to forget what they have under its name, empties
-// o.Dir of what a removed member left, and says AddLearner. Then Open (which joins) and Promote. It may be repeated. ErrQuorum; ErrUnreachable of catalog.
-func Rejoin(ctx context.Context, o Options) error { return errors.ErrUnsupported }
-
-// AddLearner makes a place for a member that will start with this name and peer URL (Options.Member.Members not empty) and catch up without a vote. Said again with the
-// same name and URL it returns the same member; a member of that name that never started is replaced if the URL differs. ErrQuorum.
-func (s *Store) AddLearner(ctx context.Context, name, peerURL string) (MemberInfo, error) {
-	return MemberInfo{}, errors.ErrUnsupported
+// o.Dir of what a removed member left, and says AddLearner. Then Open (which joins) and Promote. It may be repeated. ErrInUse, ErrQuorum; ErrUnreachable of catalog.
+func Rejoin(ctx context.Context, o Options) error {
+	if err := o.check(); err != nil {
+		return err
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Member == nil || len(o.Member.others()) == 0 {
+		return fmt.Errorf("etcd: rejoin whom: %w", ErrOptions)
+	}
+	others := o.Member.others()
+	if err := rejoin(ctx, o, others); err != nil {
+		return fmt.Errorf("etcd %s: rejoin: %w", o.Dir, err)
+	}
+	return nil
 }
 
-// Promote gives a learner its vote; it waits, until ctx ends, for it to start and catch up. One that has a vote already is no error. ErrNoMember.
-func (s *Store) Promote(ctx context.Context, name string) error { return errors.ErrUnsupported }
-
-// RemoveMember removes a member, dead or alive; one that is not there is no error. ErrLastVoter, ErrQuorum.
-func (s *Store) RemoveMember(ctx context.Context, name string) error { return errors.ErrUnsupported }
-
-// Members returns all members, voters and learners, sorted by name; who does not answer within a second is not Alive.
-func (s *Store) Members(ctx context.Context) ([]MemberInfo, error) { return nil, errors.ErrUnsupported }
-
-// MemberState tells what the embedded member is doing, and of a failed one why.
-func (s *Store) MemberState() (State, error) { return StateNone, nil }
-
-// MemberFailed is closed when the embedded member stopped by itself; nil if there is none. In a cluster the Store goes on through the other members. The directory
-// may stay in use until the process ends.
-func (s *Store) MemberFailed() <-chan struct{} { return nil }
-
-// Lead implements control.Leader, among all who call it on stores of the same catalogue: it waits for its turn and calls fn with a context that ends, at the latest, when others may
-// believe that this leader is gone (catalog.AliveTTL after it last reached the catalogue). It calls fn again when it leads again, until fn returns although its context had not ended (its
-// error is returned, nil too) or ctx ends. It resigns at the end.
-func (s *Store) Lead(ctx context.Context, fn func(context.Context) error) error {
-	return errors.ErrUnsupported
+func rejoin(ctx context.Context, o Options, others []Peer) error {
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return err
+	}
+	lock, err := lockDir(o.Dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	var urls []string
+	for _, p := range others {
+		urls = append(urls, p.ClientURL)
+	}
+	s, err := Open(ctx, Options{Endpoints: urls, Files: o.Member.Files, Log: o.Log})
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	// The removal comes first: as long as the others count it, what it acknowledged may be in its directory alone.
+	if err := s.RemoveMember(ctx, o.Member.Name); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(o.Dir, "member")); err != nil {
+		return err
+	}
+	_, err = s.AddLearner(ctx, o.Member.Name, o.Member.PeerURL)
+	return err
 }
+
+// gate stands before a member's calls: it asks who calls, and ends streams when the member ends, or etcd would wait for them for seconds.
+type gate struct {
+	admit  func(*x509.Certificate) error
+	ending context.Context
+}
+
+func (g gate) options() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			if err := g.ask(ctx); err != nil {
+				return nil, err
+			}
+			return h(ctx, req)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			if err := g.ask(ss.Context()); err != nil {
+				return err
+			}
+			ctx, cancel := context.WithCancel(ss.Context())
+			defer cancel()
+			defer context.AfterFunc(g.ending, cancel)()
+			err := h(srv, stream{ss, ctx})
+			if g.ending.Err() != nil {
+				return status.Error(codes.Unavailable, "this member stops")
+			}
+			return err
+		}),
+	}
+}
+
+func (g gate) ask(ctx context.Context) error {
+	if g.ending.Err() != nil {
+		return status.Error(codes.Unavailable, "this member stops")
+	}
+	if g.admit == nil {
+		return nil
+	}
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return status.Error(codes.Unauthenticated, "no peer")
+	}
+	t, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(t.State.PeerCertificates) == 0 {
+		return status.Error(codes.Unauthenticated, "no certificate")
+	}
+	if err := g.admit(t.State.PeerCertificates[0]); err != nil {
+		return status.Error(codes.PermissionDenied, err.Error())
+	}
+	return nil
+}
+
+// stream is a stream with a context of ours.
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (s stream) Context() context.Context { return s.ctx }

@@ -2,15 +2,43 @@ package etcd
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"runtime"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
 
-// quiet is etcd's logger: errors go to log, all else is dropped. Where etcd wants to end the process it panics instead, so that startEtcd can say why.
-func quiet(log *slog.Logger) *zap.Logger {
-	return zap.New(core{log: log}, zap.WithFatalHook(zapcore.WriteThenPanic))
+// quiet is the logger of etcd's clients: errors go to log, all else is dropped.
+func quiet(log *slog.Logger) *zap.Logger { return zap.New(core{log: log}) }
+
+// guarded is the logger of a member. Where etcd would end the process (Fatal, Panic: a log that cannot be written, a broken invariant) only the goroutine ends, as by
+// runtime.Goexit, and gaveUp hears why; whoever hears it stops the member.
+func guarded(log *slog.Logger, gaveUp func(error)) *zap.Logger {
+	h := hook{gaveUp: gaveUp}
+	return zap.New(core{log: log}, zap.WithFatalHook(h), zap.WithPanicHook(h))
+}
+
+// hook is a zapcore.CheckWriteHook.
+type hook struct {
+	gaveUp func(error)
+}
+
+// OnWrite implements zapcore.CheckWriteHook.
+func (h hook) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
+	h.gaveUp(reason(e.Message, fields))
+	runtime.Goexit()
+}
+
+// reason makes an error of what etcd logged; what it wraps is the error that etcd had.
+func reason(message string, fields []zapcore.Field) error {
+	for _, f := range fields {
+		if err, ok := f.Interface.(error); ok && f.Type == zapcore.ErrorType {
+			return fmt.Errorf("%s: %w", message, err)
+		}
+	}
+	return fmt.Errorf("%s", message)
 }
 
 // core is a zapcore.Core that writes to slog.
