@@ -43,9 +43,15 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 		})
 	case plan.DeleteReplica:
 		r.err = a.deleteReplica(ctx, s, v)
+	case plan.CopyReplica:
+		_, r.err = s.CopyReplica(ctx, client.CopyReplica{
+			VolumeID: v.VolumeID, Volume: v.Volume, Node: a.cfg.Node, DiskID: v.DiskID, ReplicaID: v.ReplicaID, From: v.From, FromNode: v.FromNode, ImageID: v.ImageID,
+		})
+	case plan.EndCopy:
+		r.err = a.endCopy(ctx, s, v)
 	case plan.OpenVolume:
 		_, r.err = s.OpenVolume(ctx, client.OpenVolume{
-			VolumeID: v.VolumeID, Volume: v.Volume, Node: a.cfg.Node, DiskID: v.DiskID, ReplicaID: v.ReplicaID, Frontend: v.Frontend, Salvage: v.Salvage,
+			VolumeID: v.VolumeID, Volume: v.Volume, Node: a.cfg.Node, DiskID: v.DiskID, ReplicaID: v.ReplicaID, ReplicaNode: replicaNode(v, a.cfg.Node), Frontend: v.Frontend, Salvage: v.Salvage,
 			Limits: client.Limits(v.Limits),
 		})
 	case plan.CloseVolume:
@@ -54,12 +60,26 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 		a.setLimits(ctx, s, v, &r)
 	case plan.SetNetwork:
 		a.setNetwork(ctx, s, v, &r)
+	case plan.SetCluster:
+		a.setCluster(ctx, s, v, &r)
 	case plan.SetBackground:
 		r.err = s.SetBackground(ctx, client.Background{BytesPerSecond: v.BytesPerSecond})
 	case plan.Operate:
 		a.operate(ctx, s, v, &r)
+	default:
+		a.doImage(ctx, s, action, &r)
+	}
+	if r.state == nil {
+		r.state = a.lookAfter(ctx, s)
+	}
+	return r
+}
+
+// doImage carries out what is done to images, and what reads volumes.
+func (a *Agent) doImage(ctx context.Context, s client.Service, action plan.Action, r *result) {
+	switch v := action.(type) {
 	case plan.StartExport:
-		a.startExport(ctx, s, v, &r)
+		a.startExport(ctx, s, v, r)
 	case plan.EndExport:
 		if r.err = endReading(ctx, s, v.Reading); r.err == nil {
 			r.finished = &v.Result
@@ -71,9 +91,9 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	case plan.DropReading:
 		r.err = endReading(ctx, s, v.Reading)
 	case plan.ForgetJob:
-		a.forgetJob(ctx, s, v, &r)
+		a.forgetJob(ctx, s, v, r)
 	case plan.ImportImage:
-		a.importImage(ctx, s, v, &r)
+		a.importImage(ctx, s, v, r)
 	case plan.CancelImport:
 		r.err = s.CancelImport(ctx, client.CancelImport{ImageID: v.ImageID})
 	case plan.DeleteImage:
@@ -81,10 +101,6 @@ func (a *Agent) do(ctx context.Context, action plan.Action) result {
 	default:
 		r.err = fmt.Errorf("action %T: %w", action, client.ErrInternal)
 	}
-	if r.state == nil {
-		r.state = a.lookAfter(ctx, s)
-	}
-	return r
 }
 
 // lookAfter looks; nil if nobody answers, which watchData finds too.
@@ -98,15 +114,51 @@ func (a *Agent) lookAfter(ctx context.Context, s client.Service) *client.State {
 	return &st
 }
 
-// deleteReplica destroys a replica only after the record itself, read now, says that this volume is deleted and that this replica is one of its
-// (design: invariant 15).
+// replicaNode names another node; "" is this one, which also an earlier data process understands.
+func replicaNode(v plan.OpenVolume, here string) string {
+	if v.ReplicaNode == here {
+		return ""
+	}
+	return v.ReplicaNode
+}
+
+// endCopy forgets the copying of a replica. What failed is returned as this action's own failure, so that the next try waits, ever longer.
+func (a *Agent) endCopy(ctx context.Context, s client.Service, v plan.EndCopy) error {
+	if err := s.CancelImport(ctx, client.CancelImport{ImageID: v.ReplicaID}); err != nil || v.Code == "" {
+		return err
+	}
+	a.note(catalog.EventRecord{
+		Time: a.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindVolume, Name: v.Volume, Reason: "CopyFailed",
+		Message: fmt.Sprintf("the copy to node %s failed (%s) and is tried again: %s", a.cfg.Node, v.Code, v.Error),
+	})
+	return fmt.Errorf("copy replica %s: %s: %w", v.ReplicaID, v.Error, errCopy)
+}
+
+// errCopy: a copy ended without taking its place.
+var errCopy = errors.New("the copy failed")
+
+// deleteReplica destroys a replica only after the records themselves, read now, say that this volume is deleted and that this replica is one of its, or that another
+// has taken its place (design: invariant 15).
 func (a *Agent) deleteReplica(ctx context.Context, s client.Service, v plan.DeleteReplica) error {
 	w, _, err := catalog.Read[catalog.VolumeWanted](ctx, a.cfg.Catalog, catalog.VolumeKey(catalog.Wanted, v.Volume))
 	if err != nil {
 		return fmt.Errorf("delete replica %s: %w", v.ReplicaID, err)
 	}
-	if w.Deleted == nil || w.ID != v.VolumeID || !slices.Contains(w.Replicas, catalog.Placement{ReplicaID: v.ReplicaID, Node: a.cfg.Node, DiskID: v.DiskID}) {
+	is := func(p catalog.Placement) bool {
+		return p.ReplicaID == v.ReplicaID && p.Node == a.cfg.Node && p.DiskID == v.DiskID
+	}
+	dropped := slices.ContainsFunc(w.Dropped, is)
+	if w.ID != v.VolumeID || !dropped && (w.Deleted == nil || !slices.ContainsFunc(w.Replicas, is)) {
 		return fmt.Errorf("delete replica %s of volume %s: %w", v.ReplicaID, v.Volume, ErrNoTombstone)
+	}
+	if w.Deleted == nil {
+		m, _, err := catalog.Read[catalog.Membership](ctx, a.cfg.Catalog, catalog.MembershipKey(v.VolumeID))
+		if err != nil {
+			return fmt.Errorf("delete replica %s: %w", v.ReplicaID, err)
+		}
+		if slices.ContainsFunc(m.Members, func(x catalog.MembershipMember) bool { return x.ReplicaID == v.ReplicaID }) {
+			return fmt.Errorf("delete replica %s of volume %s: it is a member: %w", v.ReplicaID, v.Volume, ErrNoTombstone)
+		}
 	}
 	return s.DeleteReplica(ctx, client.DeleteReplica{DiskID: v.DiskID, ReplicaID: v.ReplicaID})
 }

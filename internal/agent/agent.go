@@ -66,6 +66,8 @@ type ClusterFiles struct {
 	ClusterID, NodeID string
 	Host              string // what others reach it by, without a port
 	Port              int    // the first of its ports; catalog.PortNode and so on are added to it
+	// APIMin and APICurrent are the window of versions that this node speaks to other nodes.
+	APIMin, APICurrent int
 	// CertFile and KeyFile are shown to other nodes, CAFile is the authority that theirs must be of; PEM.
 	CertFile, KeyFile, CAFile string
 }
@@ -85,6 +87,16 @@ var (
 	ErrAway = errors.New("the data process does not answer")
 )
 
+// Elsewhere says that only another node can do what was asked. errors.As finds it in an error; it is an ErrNotHere.
+type Elsewhere struct {
+	Node string
+}
+
+func (e Elsewhere) Error() string { return "only node " + e.Node + " can do that" }
+
+// Unwrap makes it an ErrNotHere, for those who cannot ask that node.
+func (e Elsewhere) Unwrap() error { return ErrNotHere }
+
 const (
 	resync = 30 * time.Second
 	// askTimeout bounds the questions that change nothing.
@@ -102,6 +114,9 @@ func (c *Config) check() error {
 	}
 	if c.Network.Address == "" {
 		c.Network = client.Network{}
+	}
+	if c.Member == nil {
+		c.Member = func() string { return "" }
 	}
 	if c.Resync == 0 {
 		c.Resync = resync
@@ -147,7 +162,7 @@ func New(cfg Config) (*Agent, error) {
 	return &Agent{cfg: cfg, notes: make(chan catalog.EventRecord, 256), inbox: make(chan any, 256)}, nil
 }
 
-// Run works until ctx ends and everything it began has ended, and returns ctx's error; ErrFormat at once. That the catalogue or the data process are away is no
+// Run works until ctx ends and everything it began has ended, and returns ctx's error; ErrFormat and ErrOtherCluster at once. That the catalogue or the data process are away is no
 // reason to end. It leaves the data process as it is.
 func (a *Agent) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)

@@ -60,12 +60,16 @@ func patience(c client.Code) plan.Patience {
 	return plan.Transient
 }
 
-// jobExport is the kind of a client.Job that is an export.
-const jobExport = "export"
+// The kinds of a client.Job that are no imports.
+const (
+	jobExport = "export"
+	jobCopy   = "copy"
+)
 
 // found is a data process's state as plan sees it.
 func found(st client.State) plan.Found {
 	f := plan.Found{Known: true, BootID: st.Hello.BootID, Version: st.Hello.Version, PID: st.Hello.PID, Started: st.Hello.Started.UTC(), Network: plan.Network(st.Network)}
+	f.API, f.Cluster = st.Hello.APICurrent, neighbours(st.Cluster)
 	for _, d := range st.Disks {
 		f.Disks = append(f.Disks, foundDisk(d))
 	}
@@ -74,7 +78,7 @@ func found(st client.State) plan.Found {
 	}
 	for _, j := range st.Jobs {
 		f.Jobs = append(f.Jobs, plan.FoundJob{
-			ID: j.ID, Export: j.Kind == jobExport, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, Percent: j.Percent, Failure: patience(j.Code),
+			ID: j.ID, Export: j.Kind == jobExport, Copy: j.Kind == jobCopy, DiskID: j.DiskID, State: j.State, DoneBytes: j.DoneBytes, Percent: j.Percent, Failure: patience(j.Code),
 			Code: codeOfWire(j.Code), Error: j.Error,
 		})
 	}
@@ -102,7 +106,7 @@ func foundVolume(v client.VolumeStatus) plan.FoundVolume {
 	f := plan.FoundVolume{
 		VolumeID: v.VolumeID, Volume: v.Volume, ReplicaID: v.ReplicaID, DiskID: v.DiskID, Frontend: v.Frontend, Endpoint: v.Endpoint, TCPEndpoint: v.TCPEndpoint,
 		SizeBytes: v.SizeBytes, Epoch: v.Epoch, State: v.State, Code: codeOfWire(v.Code), Error: v.Error,
-		Space: catalog.Space(v.Space), Limits: catalog.Limits(v.Limits),
+		Space: catalog.Space(v.Space), Limits: catalog.Limits(v.Limits), Away: v.Away,
 	}
 	for _, l := range v.Layers {
 		f.Layers = append(f.Layers, plan.FoundLayer{
@@ -111,4 +115,21 @@ func foundVolume(v client.VolumeStatus) plan.FoundVolume {
 		})
 	}
 	return f
+}
+
+// neighbours is what a data process was told of its cluster, and clusterOf what it is told.
+func neighbours(c client.Cluster) plan.Neighbours {
+	n := plan.Neighbours{ClusterID: c.ClusterID, Node: c.Node, Listen: c.Listen, CertFile: c.CertFile, KeyFile: c.KeyFile, CAFile: c.CAFile}
+	for _, p := range c.Peers {
+		n.Peers = append(n.Peers, plan.Neighbour(p))
+	}
+	return n
+}
+
+func clusterOf(n plan.Neighbours) client.Cluster {
+	c := client.Cluster{ClusterID: n.ClusterID, Node: n.Node, Listen: n.Listen, CertFile: n.CertFile, KeyFile: n.KeyFile, CAFile: n.CAFile}
+	for _, p := range n.Peers {
+		c.Peers = append(c.Peers, client.Peer(p))
+	}
+	return c
 }

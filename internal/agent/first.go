@@ -20,7 +20,7 @@ const (
 func (a *Agent) first(ctx context.Context) error {
 	for wait := retryMin; ; wait = min(2*wait, retryMax) {
 		err := a.makeFirst(ctx)
-		if err == nil || errors.Is(err, ErrFormat) {
+		if err == nil || errors.Is(err, ErrFormat) || errors.Is(err, ErrOtherCluster) {
 			return err
 		}
 		if !pause(ctx, wait) {
@@ -33,7 +33,7 @@ func (a *Agent) first(ctx context.Context) error {
 func (a *Agent) makeFirst(ctx context.Context) error {
 	c, _, err := catalog.Read[catalog.Cluster](ctx, a.cfg.Catalog, catalog.ClusterKey())
 	if errors.Is(err, catalog.ErrNotFound) {
-		c = catalog.Cluster{ID: a.clusterOfDisks(ctx), Format: catalog.Format, Created: a.cfg.Now().UTC()}
+		c = catalog.Cluster{ID: a.newCluster(ctx), Format: catalog.Format, Created: a.cfg.Now().UTC()}
 		_, err = catalog.Write(ctx, a.cfg.Catalog, catalog.ClusterKey(), c, 0)
 	}
 	if err != nil {
@@ -42,18 +42,47 @@ func (a *Agent) makeFirst(ctx context.Context) error {
 	if c.Format > catalog.Format {
 		return fmt.Errorf("%w: the catalogue has format %d, this build reads up to %d; install a newer version", ErrFormat, c.Format, catalog.Format)
 	}
+	if f := a.cfg.Cluster; f != nil && c.ID != f.ClusterID {
+		return fmt.Errorf("the catalogue is of cluster %s, this node is in %s: %w", c.ID, f.ClusterID, ErrOtherCluster)
+	}
 	n := catalog.NodeWanted{Name: a.cfg.Node, AllowScheduling: true, Disks: maps.Clone(a.cfg.Disks)}
 	if n.Disks == nil {
 		n.Disks = map[string]catalog.DiskWanted{}
 	}
 	_, err = catalog.Write(ctx, a.cfg.Catalog, catalog.NodeKey(catalog.Wanted, a.cfg.Node), n, 0)
 	if errors.Is(err, catalog.ErrConflict) {
-		return nil
+		return a.firstDisks(ctx)
 	}
 	return err
 }
 
-// clusterOfDisks is the id for a new cluster record: that of the disks a running data process has, if it has any, because then the catalogue was lost, not new; what is on them is
+// firstDisks adds the disks of the node's first start to a record that was made for it when it joined. Once the node has said anything of itself, which disks it has is for people to
+// say.
+func (a *Agent) firstDisks(ctx context.Context) error {
+	if len(a.cfg.Disks) == 0 {
+		return nil
+	}
+	if _, err := a.cfg.Catalog.Get(ctx, catalog.NodeKey(catalog.Observed, a.cfg.Node)); !errors.Is(err, catalog.ErrNotFound) {
+		return err
+	}
+	_, _, err := catalog.Update(ctx, a.cfg.Catalog, catalog.NodeKey(catalog.Wanted, a.cfg.Node), func(n *catalog.NodeWanted) error {
+		if len(n.Disks) == 0 {
+			n.Disks = maps.Clone(a.cfg.Disks)
+		}
+		return nil
+	})
+	return err
+}
+
+// newCluster is the id for a new cluster record. A node that is in a cluster knows it.
+func (a *Agent) newCluster(ctx context.Context) string {
+	if a.cfg.Cluster != nil {
+		return a.cfg.Cluster.ClusterID
+	}
+	return a.clusterOfDisks(ctx)
+}
+
+// clusterOfDisks is that of the disks a running data process has, if it has any, because then the catalogue was lost, not new; what is on them is
 // left as it is until ashlar recover.
 func (a *Agent) clusterOfDisks(ctx context.Context) string {
 	ask, cancel := context.WithTimeout(ctx, askTimeout)

@@ -44,6 +44,13 @@ type loop struct {
 	readings   map[string]bool        // that somebody wants, as of the last plan
 	uploads    map[string]plan.Upload // by image id
 
+	changed dirty                // what is to be planned anew
+	acting  map[string]string    // actions under way: which volume they are of, by key
+	wakes   map[string]time.Time // volumes that are planned again then, by name
+	nodeAt  time.Time            // when the node's own record is planned again; zero: when something changes
+	joined  *plan.Joined         // as of the last plan
+	silent  map[string]time.Time // since when other nodes are not alive, of those that were
+
 	// inbox takes catalog.Batch, stateOrAway, result, written, uploaded and poke.
 	inbox chan any
 }
@@ -69,7 +76,8 @@ func newLoop(a *Agent) *loop {
 	return &loop{
 		a: a, view: plan.NewView(), busy: map[string]bool{}, failures: map[string]plan.Failure{}, waits: map[string]time.Duration{},
 		finished: map[string]plan.Result{}, writing: map[catalog.Key]bool{}, held: map[catalog.Key]time.Time{}, calm: map[catalog.Key]time.Time{},
-		uploads: map[string]plan.Upload{}, inbox: a.inbox,
+		uploads: map[string]plan.Upload{}, changed: dirty{all: true}, acting: map[string]string{}, wakes: map[string]time.Time{}, silent: map[string]time.Time{},
+		inbox: a.inbox,
 	}
 }
 
@@ -86,6 +94,7 @@ func (l *loop) run(ctx context.Context) {
 		if now := l.now(); !now.Before(nextLook) {
 			nextLook = now.Add(l.a.cfg.Resync)
 			l.forget(now)
+			l.changed.all = true
 			l.a.wg.Go(func() { l.a.look(ctx, l.inbox) })
 		}
 		wake := l.plan(ctx)
@@ -162,7 +171,7 @@ func (l *loop) takeBatch(b catalog.Batch) {
 	}
 	if b.Reset {
 		l.view.Reset()
-		l.listed = true
+		l.listed, l.changed.all = true, true
 	}
 	for _, ev := range b.Events {
 		l.apply(ev)
@@ -179,16 +188,18 @@ func (l *loop) applyOwn(e catalog.Entry) {
 
 func (l *loop) apply(ev catalog.Event) {
 	delete(l.held, ev.Key)
+	before := l.glance(ev)
 	if err := l.view.Apply(ev); err != nil {
 		l.a.cfg.Log.Error("record cannot be read", "error", err)
 	}
+	l.markRecord(ev, before)
 }
 
 // takeState keeps the newest look at the newest process. Looks arrive in any order.
 func (l *loop) takeState(s stateOrAway) {
 	l.looked = true
 	if s.away {
-		l.found, l.background = plan.Found{}, nil
+		l.found, l.background, l.changed.all = plan.Found{}, nil, true
 		return
 	}
 	h := s.state.Hello
@@ -205,12 +216,15 @@ func (l *loop) takeState(s stateOrAway) {
 	if !h.Started.Equal(l.hello.Started) || h.PID != l.hello.PID {
 		l.background = nil
 	}
-	l.hello, l.rev, l.found = h, s.state.Rev, found(s.state)
+	now := found(s.state)
+	l.markFound(l.found.Diff(&now))
+	l.hello, l.rev, l.found = h, s.state.Rev, now
 }
 
 // takeResult ends an action.
 func (l *loop) takeResult(r result) {
 	delete(l.busy, r.action.Key())
+	l.markAction(r.action)
 	if r.state != nil {
 		l.takeState(stateOrAway{state: *r.state})
 	}
@@ -277,23 +291,32 @@ func (l *loop) plan(ctx context.Context) (wake time.Time) {
 		return time.Time{}
 	}
 	l.forgetFinished()
-	p := plan.OnNode(plan.NodeInput{
+	if now := l.a.joined(); now != nil && (l.joined == nil || *now != *l.joined) {
+		l.joined, l.changed.node = now, true
+	}
+	in := plan.NodeInput{
 		Node: l.a.cfg.Node, Address: l.a.cfg.Address, Now: l.now(), View: l.view, Found: l.found, Busy: l.busy, Failures: l.failures, Finished: l.finished,
-		Background: l.background, Network: plan.Network(l.a.cfg.Network), Downloads: l.a.downloads.byVolume(), Uploads: l.uploads,
-	})
-	l.readings = p.Readings
+		Background: l.background, Network: plan.Network(l.a.cfg.Network), Joined: l.joined, Silent: l.silent, Downloads: l.a.downloads.byVolume(), Uploads: l.uploads,
+		Only: l.due(),
+	}
+	p := plan.OnNode(in)
+	l.planned(p)
 	for _, action := range p.Actions {
 		if !l.busy[action.Key()] {
-			l.begin(ctx, action)
+			l.begin(ctx, action, p.Volumes[action.Key()])
 		}
 	}
 	wake = p.Wake
 	for _, w := range p.Writes {
-		if t := l.put(ctx, w); !t.IsZero() && (wake.IsZero() || t.Before(wake)) {
-			wake = t
+		if t := l.put(ctx, w); !t.IsZero() {
+			l.later(w.Key, t)
+			wake = earlier(wake, t)
 		}
 	}
-	return wake
+	for _, t := range l.wakes {
+		wake = earlier(wake, t)
+	}
+	return earlier(wake, l.nodeAt)
 }
 
 // finishes is the id under which an action's result is kept until it is recorded.
@@ -330,8 +353,8 @@ func (l *loop) forgetFinished() {
 }
 
 // begin carries an action out on a goroutine of its own: one per volume, image and disk at most.
-func (l *loop) begin(ctx context.Context, action plan.Action) {
-	l.busy[action.Key()] = true
+func (l *loop) begin(ctx context.Context, action plan.Action, volume string) {
+	l.busy[action.Key()], l.acting[action.Key()] = true, volume
 	l.a.wg.Go(func() {
 		r := l.a.do(ctx, action)
 		_ = send(ctx, l.inbox, r)

@@ -48,6 +48,7 @@ func (l *loop) put(ctx context.Context, w plan.Write) (later time.Time) {
 
 func (l *loop) takeWritten(w written) {
 	delete(l.writing, w.write.Key)
+	l.changed.add(w.write.Key)
 	if w.err != nil {
 		// Somebody was faster, most likely; the watch will show it.
 		l.held[w.write.Key] = l.now().Add(holdWrite)

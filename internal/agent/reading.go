@@ -132,7 +132,7 @@ func (a *Agent) startExport(ctx context.Context, s client.Service, v plan.StartE
 // closeVolume closes a volume, and then gives up what was read of it: it is begun anew, from the same snapshot, when the volume is open again. A volume that could not be
 // closed is read on.
 func closeVolume(ctx context.Context, s client.Service, v plan.CloseVolume) error {
-	err := s.CloseVolume(ctx, client.CloseVolume{VolumeID: v.VolumeID})
+	err := s.CloseVolume(ctx, client.CloseVolume{VolumeID: v.VolumeID, Force: v.Force})
 	if errors.Is(err, client.ErrInUse) {
 		return err
 	}
@@ -169,6 +169,16 @@ func (a *Agent) setNetwork(ctx context.Context, s client.Service, v plan.SetNetw
 	}
 	if r.state = a.lookAfter(ctx, s); r.state != nil && r.state.Network != want {
 		r.err = fmt.Errorf("offer volumes at %q: the data process has %+v: %w", want.Address, r.state.Network, client.ErrInternal)
+	}
+}
+
+// setCluster tells who the other nodes are, and looks whether it was taken, as setLimits does.
+func (a *Agent) setCluster(ctx context.Context, s client.Service, v plan.SetCluster, r *result) {
+	if r.err = s.SetCluster(ctx, clusterOf(v.Cluster)); r.err != nil {
+		return
+	}
+	if r.state = a.lookAfter(ctx, s); r.state != nil && !v.Cluster.Same(neighbours(r.state.Cluster)) {
+		r.err = fmt.Errorf("tell the data process of the cluster: it has %+v: %w", r.state.Cluster, client.ErrInternal)
 	}
 }
 

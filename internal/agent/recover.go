@@ -18,8 +18,8 @@ import (
 	"ashlar/internal/plan"
 )
 
-// ErrOtherCluster: the disks belong to another cluster than the catalogue, and the catalogue is not empty. Nothing was changed.
-var ErrOtherCluster = errors.New("the disks belong to another cluster than the catalogue")
+// ErrOtherCluster: the catalogue is of another cluster than the node is in, or than its disks belong to, and is not empty. Nothing was changed.
+var ErrOtherCluster = errors.New("the catalogue is another cluster's")
 
 // RecoverConfig says what to recover from, and into what.
 type RecoverConfig struct {

@@ -3,6 +3,7 @@ package plan
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -15,7 +16,7 @@ const (
 	limitedRetries = 3
 )
 
-// ImportImage asks for an import, after Starting was written: from Source, or from what Reading reads.
+// ImportImage asks for an import, after Starting was written: from Source, or from what Reading reads. Source may be another copy, of which Checksum says nothing.
 type ImportImage struct {
 	follows
 	Image, ImageID, DiskID, Source, Checksum string
@@ -80,8 +81,11 @@ type copyHere struct {
 	state catalog.ImageOnDisk // as recorded
 	busy  bool
 
-	reading *Reading // of an image made from a volume; nil if there is no such volume
-	single  bool     // its source gives one copy only, and there is one already, or one under way
+	reading *Reading // of an image made from a volume whose home is here; nil if there is none
+	volume  string   // the node that is the home of the volume that the image is made from; "": there is no such volume
+	ready   bool     // another copy is ready: this one is made from that if its source gives one copy only
+	peer    string   // where one that is ready can be copied from: peer://NODE/DISKID; "": nowhere now
+	wait    string   // why it is not begun: another copy is being made first; "" if it may be
 }
 
 // image plans the copies of one image on this node's disks.
@@ -132,18 +136,55 @@ func (p *planner) copyOn(img Image, o catalog.ImageObserved, path, diskID string
 		c.jobbed, c.other = false, c.job.State == JobRunning
 	}
 	c.busy = p.in.Busy[ImageKey(c.w.ID, diskID)]
+	if diskID == "" || !c.wanted && c.state.State == "" {
+		return c, false
+	}
+	p.others(&c, o)
 	if c.w.SourceType == catalog.SourceVolume {
-		if v := p.in.View.Volumes[c.w.Parameters["volume-name"]].Wanted; v.Is() && v.Value.Deleted == nil {
-			r := imageReading(c.w, diskID, c.state.Attempts, v.Value.ID)
-			c.reading = &r
+		vol := p.in.View.Volumes[c.w.Parameters["volume-name"]]
+		if v := vol.Wanted; v.Is() && v.Value.Deleted == nil {
+			c.volume = p.in.View.home(vol)
+			if r := imageReading(c.w, diskID, c.state.Attempts, v.Value.ID); c.volume == p.in.Node && !c.ready {
+				c.reading = &r
+			}
 		}
 	}
-	if c.w.SourceType == catalog.SourceVolume || c.w.SourceType == catalog.SourceUpload {
-		for id, d := range o.Disks {
-			c.single = c.single || id != diskID && (d.State == catalog.ImageReady || d.State == catalog.ImageStarting || d.State == catalog.ImageInProgress)
+	return c, true
+}
+
+// others looks at the image's other copies: one is made from the source, and the rest from it. A copy that is being made on a node that is gone is not waited for; one that
+// is ready there is, if its source cannot be asked again.
+func (p *planner) others(c *copyHere, o catalog.ImageObserved) {
+	once := c.w.SourceType == catalog.SourceVolume || c.w.SourceType == catalog.SourceUpload
+	begun := c.state.State == catalog.ImageStarting || c.state.State == catalog.ImageInProgress
+	if o.Digest != "" { // by which a copy is checked
+		c.peer = p.in.View.imageSource(c.w.Name, c.diskID)
+	}
+	for _, id := range sorted(o.Disks) {
+		d := o.Disks[id]
+		if c.ready = c.ready || id != c.diskID && d.State == catalog.ImageReady; id == c.diskID || c.peer != "" {
+			continue
+		}
+		node := p.in.View.nodeOf(id)
+		switch {
+		case d.State == catalog.ImageReady && once:
+			c.wait = "its source gives one copy; waiting for that on node " + node
+		case (d.State == catalog.ImageStarting || d.State == catalog.ImageInProgress) && p.in.View.Up(node) && (!begun || id < c.diskID):
+			c.wait = "waiting for the copy on node " + node
 		}
 	}
-	return c, diskID != "" && (c.wanted || c.state.State != "")
+}
+
+// nodeOf finds the node that has a disk; "" if nobody does.
+func (v *View) nodeOf(diskID string) string {
+	for name, n := range v.Nodes {
+		for _, d := range n.Observed.Value.Disks {
+			if d.DiskID == diskID {
+				return name
+			}
+		}
+	}
+	return ""
 }
 
 // imageStep is the next thing to do to a copy; nil: nothing, or wait. o is what will be recorded of the image.
@@ -152,7 +193,7 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 	switch {
 	case !c.diskOK:
 		return nil
-	case c.w.Deleted != nil && p.used[c.w.ID]:
+	case c.w.Deleted != nil && p.imageUsed(c.w.ID):
 		return nil
 	case c.w.Deleted != nil && c.jobbed, c.jobbed && c.job.State == JobRunning && c.w.SourceType == catalog.SourceUpload && c.state.State == catalog.ImageFailed:
 		return CancelImport{rev, c.w.Name, c.w.ID, c.diskID}
@@ -160,7 +201,7 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 		return DeleteImage{rev, c.w.Name, c.w.ID, c.diskID}
 	case p.endsReading(c):
 		return EndReading{rev, c.w.ID, c.diskID, *c.reading}
-	case c.w.Deleted != nil, !c.wanted, c.there, c.single, c.other, c.jobbed && c.job.State != JobFailed:
+	case c.w.Deleted != nil, !c.wanted, c.there, c.wait != "", c.other, c.jobbed && c.job.State != JobFailed:
 		return nil
 	}
 	switch c.state.State { // as recorded: what failed is recorded before it is tried again, and nothing is begun before it is pending
@@ -179,6 +220,13 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 		}
 	default:
 		return nil
+	}
+	if c.peer != "" {
+		node, _, _ := strings.Cut(strings.TrimPrefix(c.peer, "peer://"), "/")
+		if p.away(node) != "" { // the data process is told of the node first
+			return nil
+		}
+		return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, c.peer, "", p.starting(c), nil}
 	}
 	if c.reading != nil { // the volume is opened for it
 		if v := p.found.volumes[c.reading.VolumeID]; v == nil || v.State != FoundOpen {
@@ -202,9 +250,9 @@ func (p *planner) reads(c copyHere) bool {
 	case catalog.ImageStarting, catalog.ImageInProgress:
 		return !p.known(c.reading.ID)
 	case catalog.ImagePending:
-		return c.busy || !c.there && !c.single
+		return c.busy || !c.there && c.wait == ""
 	case catalog.ImageFailed:
-		return c.busy || !c.there && !c.single && !c.state.NextTry.IsZero() && !p.in.Now.Before(c.state.NextTry)
+		return c.busy || !c.there && c.wait == "" && !c.state.NextTry.IsZero() && !p.in.Now.Before(c.state.NextTry)
 	}
 	return c.busy
 }
@@ -233,6 +281,16 @@ func sourceOf(w catalog.ImageWanted) (string, bool) {
 		return w.Parameters["path"], true
 	}
 	return "", false
+}
+
+// imageUsed tells whether a volume stands on the image, one that is being deleted too.
+func (p *planner) imageUsed(imageID string) bool {
+	for _, v := range p.in.View.Volumes {
+		if v.Wanted.Value.ImageID == imageID {
+			return true
+		}
+	}
+	return false
 }
 
 // usedOn tells whether a replica on the disk stands on the image.
@@ -270,7 +328,7 @@ func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.Imag
 		return to(catalog.ImageGone)
 	case !c.wanted:
 		return catalog.ImageOnDisk{}
-	case c.w.SourceType == catalog.SourceUpload && (!c.jobbed || c.job.State != JobRunning || c.state.State == catalog.ImageFailed):
+	case c.w.SourceType == catalog.SourceUpload && !c.ready && (!c.jobbed || c.job.State != JobRunning || c.state.State == catalog.ImageFailed):
 		return p.uploadCopy(c, to)
 	case c.jobbed && c.job.State == JobRunning:
 		next := to(catalog.ImageStarting)
@@ -289,14 +347,15 @@ func (p *planner) observeCopy(c copyHere, o *catalog.ImageObserved) catalog.Imag
 
 // idleCopy is a copy that is not there, with nothing under way.
 func (p *planner) idleCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
-	if _, ok := sourceOf(c.w); !ok && c.w.SourceType != catalog.SourceVolume {
+	once := c.w.SourceType == catalog.SourceVolume || c.w.SourceType == catalog.SourceUpload && c.ready
+	if _, ok := sourceOf(c.w); !ok && !once {
 		if c.state.State == catalog.ImageFailed {
 			return c.state
 		}
 		return p.failedCopy(c, Final, fmt.Sprintf("source type %q is not known", c.w.SourceType))
 	}
 	if f, ok := p.failure(ImportImage{follows: follows{c.img.Wanted.Rev}, ImageID: c.w.ID, DiskID: c.diskID}); ok && f.Code != "" && c.state.State == catalog.ImageStarting {
-		if c.w.SourceType == catalog.SourceVolume { // there may be such a snapshot, or more room, later
+		if c.w.SourceType == catalog.SourceVolume || c.ready { // there may be such a snapshot, or more room, later
 			return p.failedCopy(c, Transient, f.Message)
 		}
 		return p.failedCopy(c, Final, f.Message)
@@ -305,7 +364,11 @@ func (p *planner) idleCopy(c copyHere, to func(string) catalog.ImageOnDisk) cata
 		return p.volumeCopy(c, to)
 	}
 	switch c.state.State {
-	case catalog.ImagePending, catalog.ImageStarting, catalog.ImageFailed:
+	case catalog.ImagePending:
+		next := c.state
+		next.Message = c.wait
+		return next
+	case catalog.ImageStarting, catalog.ImageFailed:
 		return c.state
 	case catalog.ImageInProgress: // the data process ended under it
 		if c.state.Attempts > 0 {
@@ -323,6 +386,14 @@ func (p *planner) volumeCopy(c copyHere, to func(string) catalog.ImageOnDisk) ca
 	name := c.w.Parameters["volume-name"]
 	v := p.in.View.Volumes[name].Observed.Value
 	switch {
+	case c.ready:
+		next := to(c.state.State)
+		next.Message = c.wait
+		return next
+	case c.volume != "" && c.volume != p.in.Node:
+		next := to(c.state.State)
+		next.Message = "volume " + name + " is on node " + c.volume + "; the first copy is made there"
+		return next
 	case c.reading == nil:
 		return p.failedCopy(c, Transient, "there is no volume "+name)
 	case v.ID == c.reading.VolumeID && v.Robustness == catalog.RobustnessFaulted:
@@ -333,14 +404,11 @@ func (p *planner) volumeCopy(c copyHere, to func(string) catalog.ImageOnDisk) ca
 	if c.state.State == catalog.ImagePending && (open == nil || open.State != FoundOpen) { // else it begins, and two writes would be in each other's way
 		next.Message = "waiting for volume " + name + " to be open"
 	}
-	if c.single {
-		next.Message = onlyOne
+	if c.wait != "" {
+		next.Message = c.wait
 	}
 	return next
 }
-
-// onlyOne is said of a second copy of an image whose source cannot be asked again.
-const onlyOne = "its source gives one copy, and another disk has it"
 
 // uploadCopy is a copy whose bytes a client brings, once: nothing of it is tried again.
 func (p *planner) uploadCopy(c copyHere, to func(string) catalog.ImageOnDisk) catalog.ImageOnDisk {
@@ -361,8 +429,8 @@ func (p *planner) uploadCopy(c copyHere, to func(string) catalog.ImageOnDisk) ca
 		return p.failedCopy(c, Final, "the upload was interrupted")
 	}
 	next := to(catalog.ImagePending)
-	if next.Message = "waiting for the upload"; c.single {
-		next.Message = onlyOne
+	if next.Message = "waiting for the upload"; c.wait != "" {
+		next.Message = c.wait
 	}
 	return next
 }

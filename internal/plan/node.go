@@ -2,7 +2,10 @@ package plan
 
 import (
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -25,10 +28,32 @@ type NodeInput struct {
 	Background *int64
 	// Network is where volumes are to be offered over TCP.
 	Network Network
+	// Joined is what the node is in its cluster; nil: in none that listens.
+	Joined *Joined
+	// Silent says since when nodes are not alive, of those that this node saw go.
+	Silent map[string]time.Time
+	// Only says what changed since the last plan; nil: everything is planned. What is not planned was at rest, or waits (NodePlan.Wakes).
+	Only *Changed
 	// Downloads holds the ids of the readings of volumes under way for clients, by volume id.
 	Downloads map[string][]string
 	// Uploads holds the uploads this agent has seen, by image id.
 	Uploads map[string]Upload
+}
+
+// Joined is what a node that is in a cluster says of itself, to its data process and in its record.
+type Joined struct {
+	ClusterID, NodeID         string
+	Host                      string
+	Port                      int    // the first of its ports
+	CertFile, KeyFile, CAFile string // paths
+	APIMin, APICurrent        int    // the window of versions it speaks to other nodes
+	Member                    string // of the catalogue's own cluster
+}
+
+// Changed is what of a node's picture may lead to another plan than the last: volumes by name, and the node's own record.
+type Changed struct {
+	Volumes map[string]bool
+	Node    bool
 }
 
 // Failure is how an action ended the last time.
@@ -45,6 +70,12 @@ type NodePlan struct {
 	Actions []Action
 	Writes  []Write
 	Wake    time.Time
+	// Wakes are the parts of Wake that are single volumes', by name: only these have to be planned then.
+	Wakes map[string]time.Time
+	// Volumes says of actions, by Key, which volume they are of, by name.
+	Volumes map[string]string
+	// Reading are the names of the volumes that somebody wants to read: they are planned again when one does no more.
+	Reading map[string]bool
 	// Readings holds the ids of the readings that somebody wants: an entry in Finished is of use as long as it is here, or its operation has not ended.
 	Readings map[string]bool
 }
@@ -89,34 +120,45 @@ type planner struct {
 	in  NodeInput
 	out NodePlan
 	// found is an index of in.Found.
-	found index
-	// used are the ids of the images that volumes stand on.
-	used map[string]bool
+	found *index
 	// readings are those that somebody wants, by volume id.
 	readings map[string][]Reading
-	minFree  int64 // per cent
+	minFree  int64  // per cent
+	current  string // the name of the volume that is being planned
 }
 
 // OnNode says what the node does now.
 func OnNode(in NodeInput) NodePlan {
-	p := &planner{in: in, found: newIndex(&in.Found), used: map[string]bool{}, readings: map[string][]Reading{}}
+	in.Found.Index()
+	p := &planner{in: in, found: in.Found.x, readings: map[string][]Reading{}}
 	p.minFree = in.View.number(catalog.SettingMinimalFree, catalog.SettingMinimalFreeDefault)
-	p.out.Readings = map[string]bool{}
-	for _, v := range in.View.Volumes {
-		p.used[v.Wanted.Value.ImageID] = true
-	}
+	p.out = NodePlan{Readings: map[string]bool{}, Reading: map[string]bool{}, Wakes: map[string]time.Time{}, Volumes: map[string]string{}}
 	p.disks()
 	p.background()
 	p.network()
+	p.cluster()
 	p.findReadings()
 	for _, name := range sorted(in.View.Images) {
 		p.image(name)
 	}
-	for _, name := range sorted(in.View.Volumes) {
-		p.volume(name)
+	if in.Only == nil {
+		for _, name := range sorted(in.View.Volumes) {
+			p.volume(name)
+		}
+	} else {
+		some := maps.Clone(in.Only.Volumes)
+		if some == nil {
+			some = map[string]bool{}
+		}
+		maps.Copy(some, p.out.Reading)
+		for _, name := range sorted(some) {
+			p.volume(name)
+		}
 	}
 	p.forgetJobs()
-	p.observeNode()
+	if in.Only == nil || in.Only.Node {
+		p.observeNode()
+	}
 	return p.out
 }
 
@@ -130,10 +172,16 @@ func (p *planner) begin(a Action) {
 		return
 	}
 	p.out.Actions = append(p.out.Actions, a)
+	if p.current != "" {
+		p.out.Volumes[a.Key()] = p.current
+	}
 }
 
 // wake asks to be called at t.
 func (p *planner) wake(t time.Time) {
+	if was, ok := p.out.Wakes[p.current]; p.current != "" && (!ok || t.Before(was)) {
+		p.out.Wakes[p.current] = t
+	}
 	if p.out.Wake.IsZero() || t.Before(p.out.Wake) {
 		p.out.Wake = t
 	}
@@ -194,6 +242,54 @@ func (p *planner) network() {
 	}
 }
 
+// SetCluster tells the data process which cluster its node is in, and who else is.
+type SetCluster struct {
+	follows
+	Cluster Neighbours
+}
+
+// Key implements Action.
+func (SetCluster) Key() string { return "cluster" }
+
+// Verb implements Action.
+func (SetCluster) Verb() string { return "set-cluster" }
+
+// cluster keeps the data process's list of other nodes as the catalogue has it: who is not on it any more is not let in from then on.
+func (p *planner) cluster() {
+	if want := p.neighbours(); p.in.Found.Known && p.in.Found.API >= APICluster && !p.in.Found.Cluster.Same(want) {
+		p.begin(SetCluster{Cluster: want})
+	}
+}
+
+// neighbours is what the data process is to know of the cluster: every other node that listens and is not to be forgotten, sorted by name.
+func (p *planner) neighbours() Neighbours {
+	j := p.in.Joined
+	if j == nil {
+		return Neighbours{}
+	}
+	out := Neighbours{
+		ClusterID: j.ClusterID, Node: p.in.Node, Listen: hostPort(j.Host, j.Port+catalog.PortData), CertFile: j.CertFile, KeyFile: j.KeyFile, CAFile: j.CAFile,
+	}
+	for _, name := range sorted(p.in.View.Nodes) {
+		n := p.in.View.Nodes[name]
+		w, o := n.Wanted.Value, n.Observed.Value
+		if name == p.in.Node || !n.Wanted.Is() || w.Deleted != nil || w.ID == "" || o.Port == 0 {
+			continue
+		}
+		out.Peers = append(out.Peers, Neighbour{
+			Node: name, NodeID: w.ID, Data: hostPort(o.Address, o.Port+catalog.PortData), Ledger: hostPort(o.Address, o.Port+catalog.PortNode),
+		})
+	}
+	return out
+}
+
+func hostPort(host string, port int) string {
+	if strings.Contains(host, ":") { // an IPv6 address
+		host = "[" + host + "]"
+	}
+	return host + ":" + strconv.Itoa(port)
+}
+
 // offered tells how the offer over TCP is.
 func (p *planner) offered() catalog.Condition {
 	f, failed := p.failure(SetNetwork{})
@@ -225,6 +321,9 @@ func (p *planner) observeNode() {
 		Name: p.in.Node, Address: p.in.Address, BootID: was.BootID, Version: was.Version, Ready: p.in.Found.Known, Data: was.Data,
 		Conditions: copyConditions(was.Conditions), Disks: map[string]catalog.DiskObserved{}, Unrecorded: was.Unrecorded,
 	}
+	if j := p.in.Joined; j != nil {
+		o.Address, o.Port, o.APIMin, o.APICurrent, o.Member = j.Host, j.Port, j.APIMin, j.APICurrent, j.Member
+	}
 	if f := p.in.Found; f.Known {
 		o.BootID, o.Version = f.BootID, f.Version
 		o.Data = catalog.DataObserved{Version: f.Version, PID: f.PID, Started: f.Started}
@@ -250,9 +349,13 @@ func (p *planner) observeNode() {
 		o.Conditions[catalog.ConditionNetwork] = c
 	}
 	pl := newPlacer(p.in.View)
+	placed := p.placed()
 	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Was: node.Observed.Rev}
 	for _, name := range sorted(node.Wanted.Value.Disks) {
-		o.Disks[name] = p.observeDisk(pl, node, node.Wanted.Value.Disks[name], was.Disks[name])
+		d := p.observeDisk(node.Wanted.Value.Disks[name], was.Disks[name])
+		p.loadDisk(&d, placed)
+		p.schedulable(pl, node.Wanted.Value.Disks[name], &d)
+		o.Disks[name] = d
 		w.Notes = append(w.Notes, p.diskNotes(name, was.Disks[name], o.Disks[name])...)
 	}
 	w.Value = o
@@ -266,7 +369,54 @@ func (p *planner) observeNode() {
 	p.write(w, was)
 }
 
-func (p *planner) observeDisk(pl *placer, node Node, dw catalog.DiskWanted, was catalog.DiskObserved) catalog.DiskObserved {
+// placed are the replicas that are wanted on this node, those included that are to be destroyed, by disk id.
+func (p *planner) placed() map[string]map[string]int64 {
+	out := map[string]map[string]int64{}
+	add := func(w catalog.VolumeWanted, places []catalog.Placement) {
+		for _, r := range places {
+			if r.Node != p.in.Node {
+				continue
+			}
+			if out[r.DiskID] == nil {
+				out[r.DiskID] = map[string]int64{}
+			}
+			out[r.DiskID][r.ReplicaID] = w.SizeBytes
+		}
+	}
+	for _, vol := range p.in.View.Volumes {
+		add(vol.Wanted.Value, vol.Wanted.Value.Replicas)
+		add(vol.Wanted.Value, vol.Wanted.Value.Dropped)
+	}
+	return out
+}
+
+// loadDisk adds what lies, or is to lie, on a disk.
+func (p *planner) loadDisk(d *catalog.DiskObserved, placed map[string]map[string]int64) {
+	d.Replicas, d.Images, d.ScheduledBytes = map[string]int64{}, map[string]int64{}, 0
+	if d.DiskID == "" {
+		return
+	}
+	for id, bytes := range placed[d.DiskID] {
+		d.Replicas[id] = bytes
+		d.ScheduledBytes += bytes
+	}
+	found, _ := p.in.Found.disk(d.DiskID)
+	for _, img := range found.Images {
+		d.Images[img.ImageID] = img.AllocatedBytes
+		d.ScheduledBytes += img.AllocatedBytes
+	}
+}
+
+// schedulable says whether a disk takes something more.
+func (p *planner) schedulable(pl *placer, dw catalog.DiskWanted, d *catalog.DiskObserved) {
+	schedulable := catalog.Condition{Status: catalog.ConditionTrue}
+	if reason := pl.refuseDisk(dw, *d, want{}); reason != "" {
+		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotSchedulable", Message: reason}
+	}
+	setCondition(d.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
+}
+
+func (p *planner) observeDisk(dw catalog.DiskWanted, was catalog.DiskObserved) catalog.DiskObserved {
 	d := was
 	d.Conditions = copyConditions(was.Conditions)
 	found, ok := p.in.Found.diskAt(dw.Path)
@@ -288,24 +438,6 @@ func (p *planner) observeDisk(pl *placer, node Node, dw catalog.DiskWanted, was 
 	if ok {
 		d.DiskID, d.TotalBytes, d.FreeBytes = found.DiskID, found.TotalBytes, found.FreeBytes
 	}
-	d.Replicas, d.Images, d.ScheduledBytes = map[string]int64{}, map[string]int64{}, 0
-	for _, vol := range p.in.View.Volumes {
-		for _, r := range vol.Wanted.Value.Replicas {
-			if r.DiskID == d.DiskID && r.Node == p.in.Node {
-				d.Replicas[r.ReplicaID] = vol.Wanted.Value.SizeBytes
-				d.ScheduledBytes += vol.Wanted.Value.SizeBytes
-			}
-		}
-	}
-	for _, img := range found.Images {
-		d.Images[img.ImageID] = img.AllocatedBytes
-		d.ScheduledBytes += img.AllocatedBytes
-	}
-	schedulable := catalog.Condition{Status: catalog.ConditionTrue}
-	if reason := pl.refuseDisk(node.Wanted.Value, dw, d, want{}); reason != "" {
-		schedulable = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotSchedulable", Message: reason}
-	}
-	setCondition(d.Conditions, catalog.ConditionSchedulable, schedulable, p.in.Now)
 	if ok && found.TotalBytes > 0 {
 		warn := p.in.View.number(catalog.SettingWarningFree, catalog.SettingWarningFreeDefault)
 		setCondition(d.Conditions, catalog.ConditionNearlyFull, nearlyFull(warn, d), p.in.Now)
@@ -357,6 +489,9 @@ func (p *planner) unrecorded() []catalog.Unrecorded {
 	for _, v := range p.in.View.Volumes {
 		volumes[v.Wanted.Value.ID] = true
 		for _, r := range v.Wanted.Value.Replicas {
+			replicas[r.ReplicaID] = true
+		}
+		for _, r := range v.Wanted.Value.Dropped {
 			replicas[r.ReplicaID] = true
 		}
 	}

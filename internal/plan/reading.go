@@ -137,12 +137,29 @@ func (p *planner) findReadings() {
 func (p *planner) read(r Reading) {
 	p.readings[r.VolumeID] = append(p.readings[r.VolumeID], r)
 	p.out.Readings[r.ID] = true
+	if name := p.in.View.VolumeName(r.VolumeID); name != "" {
+		p.out.Reading[name] = true
+	}
 }
 
 // forgetJobs has exports forgotten that are over and that nobody will ask about.
 func (p *planner) forgetJobs() {
 	for _, id := range slices.Sorted(maps.Keys(p.found.exports)) {
 		if j := p.found.exports[id]; j.State != JobRunning && !p.out.Readings[id] {
+			p.begin(ForgetJob{ID: id})
+		}
+	}
+	if p.in.Only != nil || len(p.found.copies) == 0 {
+		return
+	}
+	placed := map[string]bool{}
+	for _, v := range p.in.View.Volumes {
+		for _, r := range slices.Concat(v.Wanted.Value.Replicas, v.Wanted.Value.Dropped) {
+			placed[r.ReplicaID] = placed[r.ReplicaID] || r.Node == p.in.Node
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(p.found.copies)) {
+		if !placed[id] { // nobody wants the copy any more
 			p.begin(ForgetJob{ID: id})
 		}
 	}
@@ -219,16 +236,24 @@ func (p *planner) exportRefused(h *here) string {
 	return p.noRoom(h)
 }
 
-// noRoom says why the volume's disk takes no new layer; "" if it does.
+// noRoom says why the replica's disk takes no new layer; "" if it does.
 func (p *planner) noRoom(h *here) string {
 	if !h.diskOK {
 		return ""
 	}
-	for name, dw := range p.in.View.Nodes[p.in.Node].Wanted.Value.Disks {
-		if dw.Path == h.disk.Path {
-			if reason := full(p.minFree, dw, h.disk.TotalBytes, h.disk.FreeBytes); reason != "" {
-				return "disk " + name + " has " + reason + "; make room first"
+	node := p.in.View.Nodes[h.place.Node]
+	for name, dw := range node.Wanted.Value.Disks {
+		total, free := h.disk.TotalBytes, h.disk.FreeBytes
+		if h.place.Node != h.node {
+			d := node.Observed.Value.Disks[name]
+			if total, free = d.TotalBytes, d.FreeBytes; d.DiskID != h.place.DiskID {
+				continue
 			}
+		} else if dw.Path != h.disk.Path {
+			continue
+		}
+		if reason := full(p.minFree, dw, total, free); reason != "" {
+			return "disk " + name + " has " + reason + "; make room first"
 		}
 	}
 	return ""

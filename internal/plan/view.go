@@ -41,6 +41,17 @@ type View struct {
 	Settings    map[string]string
 	Events      map[string]Half[catalog.EventRecord]
 	Alive       map[string]Half[catalog.Alive] // by node: those that live
+
+	names map[string]string // of volumes, by their ids
+}
+
+// VolumeName finds a volume by its id; "" if there is none.
+func (v *View) VolumeName(id string) string {
+	name := v.names[id]
+	if v.Volumes[name].Wanted.Value.ID != id {
+		return ""
+	}
+	return name
 }
 
 // NewView returns a View of an empty catalogue.
@@ -55,6 +66,7 @@ func (v *View) Reset() {
 	*v = View{
 		Nodes: map[string]Node{}, Images: map[string]Image{}, Volumes: map[string]Volume{}, Memberships: map[string]Half[catalog.Membership]{},
 		Operations: map[string]map[string]Half[catalog.Operation]{}, Settings: map[string]string{}, Events: map[string]Half[catalog.EventRecord]{}, Alive: map[string]Half[catalog.Alive]{},
+		names: map[string]string{},
 	}
 }
 
@@ -70,7 +82,7 @@ func (v *View) Apply(ev catalog.Event) error {
 	case catalog.KindImage:
 		return applyPair(v.Images, ev)
 	case catalog.KindVolume:
-		return applyPair(v.Volumes, ev)
+		return v.applyVolume(ev)
 	case catalog.KindMembership:
 		return applyMap(v.Memberships, name, ev)
 	case catalog.KindOperation:
@@ -88,6 +100,20 @@ func (v *View) Apply(ev catalog.Event) error {
 		return applyMap(v.Alive, name, ev)
 	}
 	return nil // of a later version
+}
+
+func (v *View) applyVolume(ev catalog.Event) error {
+	was := v.Volumes[ev.Key.Name].Wanted.Value.ID
+	err := applyPair(v.Volumes, ev)
+	if id := v.Volumes[ev.Key.Name].Wanted.Value.ID; id != was {
+		if v.names[was] == ev.Key.Name {
+			delete(v.names, was)
+		}
+		if id != "" {
+			v.names[id] = ev.Key.Name
+		}
+	}
+	return err
 }
 
 func (v *View) applyOperation(ev catalog.Event) error {

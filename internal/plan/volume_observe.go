@@ -12,15 +12,14 @@ import (
 // volumeHead is the name of the present among snapshots.
 const volumeHead = "volume-head"
 
-// observeVolume writes what is seen of a volume, and tells whether anything was new.
-func (p *planner) observeVolume(h *here) bool {
-	was := h.vol.Observed.Value
-	o := freshObserved(was, h.w)
+// observeVolume says what its home sees of a volume. Node is there while the volume is open here, or about to be.
+func (p *planner) observeVolume(h *here, o *catalog.VolumeObserved) {
 	o.State = volumeState(p, h, o.State)
 	o.Error = p.volumeError(h)
 	o.Node, o.Endpoint, o.TCPEndpoint = "", "", ""
-	if o.State == catalog.VolumeAttached || o.State == catalog.VolumeAttaching || o.State == catalog.VolumeDetaching {
-		o.Node = p.in.Node
+	opens := h.w.Deleted == nil && h.diskOK && h.there && h.member.Is() && p.opensFor(h)
+	if h.open || opens || o.State == catalog.VolumeAttached || o.State == catalog.VolumeAttaching {
+		o.Node = h.node
 	}
 	if o.State == catalog.VolumeAttached {
 		o.Endpoint, o.TCPEndpoint = h.found.Endpoint, h.found.TCPEndpoint
@@ -28,14 +27,12 @@ func (p *planner) observeVolume(h *here) bool {
 	o.Robustness = p.robustness(h, o.State)
 	o.Epoch = max(o.Epoch, h.member.Value.Epoch, h.found.Epoch)
 	o.SizeBytes = h.size(o.SizeBytes)
-	o.Replicas = p.observeReplicas(h, o)
+	p.observeModes(h, o)
 	if h.open && len(h.found.Layers) > 0 {
 		o.Snapshots = snapshots(h.found.Layers)
 		o.Space = h.found.Space
 	}
 	p.volumeConditions(h, o.Conditions)
-	w := Write{Key: catalog.VolumeKey(catalog.Observed, o.Name), Value: o, Was: h.vol.Observed.Rev, Notes: p.volumeNotes(was, o)}
-	return p.write(w, was)
 }
 
 // volumeState is drawn in docs/formats/catalog.md. was tells what the volume was wanted for before, which is all that is left of a ticket that is gone.
@@ -88,7 +85,11 @@ func (p *planner) robustness(h *here, state string) string {
 	switch {
 	case h.w.Deleted != nil:
 		return catalog.RobustnessUnknown
-	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "", h.open && !h.diskOK:
+	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "":
+		return catalog.RobustnessFaulted
+	case h.away != "", h.found.Away != "": // it comes back by itself
+		return catalog.RobustnessUnknown
+	case h.open && !h.diskOK:
 		return catalog.RobustnessFaulted
 	case state != catalog.VolumeAttached:
 		return catalog.RobustnessUnknown
@@ -111,14 +112,7 @@ func (p *planner) robustness(h *here, state string) string {
 // volumeError says why the wanted state is not there yet, if that is worth a sentence.
 func (p *planner) volumeError(h *here) string {
 	if h.w.Deleted != nil {
-		if why := p.notClosed(h); why != "" {
-			return why
-		}
-		f, _ := p.failure(DeleteReplica{follows: follows{h.vol.Wanted.Rev}, VolumeID: h.w.ID})
-		if !h.diskOK {
-			return "its disk " + h.place.DiskID + " is not there: " + h.disk.Error
-		}
-		return f.Message
+		return p.deleteError(h)
 	}
 	if h.open && h.found.State == FoundFailed {
 		return h.found.Error + advice(h.found.Code, h.w.Name)
@@ -126,10 +120,9 @@ func (p *planner) volumeError(h *here) string {
 	if h.open && h.found.State == FoundOpen {
 		return p.openError(h)
 	}
-	if len(h.w.Tickets) > 0 && !h.ticketed() {
-		return "wanted on node " + h.w.Tickets[0].Node + ", but its copy is on node " + h.place.Node
-	}
 	switch {
+	case h.away != "":
+		return "its copy is on " + h.away
 	case !h.member.Is() && h.vol.Observed.Value.Epoch > 0:
 		return "its membership record is missing; ashlar recover makes it again from the disks"
 	case h.lost() && h.disk.Error != "":
@@ -139,7 +132,7 @@ func (p *planner) volumeError(h *here) string {
 	case !h.diskOK:
 		return p.diskAway(h)
 	}
-	for _, a := range []Action{h.createAction(), h.openAction()} {
+	for _, a := range []Action{createAction(h.vol, h.place), h.openAction()} {
 		if f, ok := p.failure(a); ok && (h.ticketed() || !h.there) {
 			return f.Message + advice(f.Code, h.w.Name)
 		}
@@ -147,8 +140,31 @@ func (p *planner) volumeError(h *here) string {
 	return ""
 }
 
+// deleteError says why a volume that is being deleted is not gone.
+func (p *planner) deleteError(h *here) string {
+	if why := p.notClosed(h); why != "" {
+		return why
+	}
+	for _, r := range slices.Concat(h.w.Replicas, h.w.Dropped) {
+		there := slices.ContainsFunc(h.vol.Observed.Value.Replicas, func(x catalog.ReplicaObserved) bool { return x.ReplicaID == r.ReplicaID && !x.Created })
+		if why := p.away(r.Node); why != "" && !p.in.View.Up(r.Node) && !there {
+			return "its copy " + r.ReplicaID + " is on " + why + "; it is deleted when that node is back, or removed"
+		}
+		if f, ok := p.failure(DeleteReplica{follows: follows{h.vol.Wanted.Rev}, ReplicaID: r.ReplicaID}); ok {
+			return f.Message
+		}
+	}
+	if !h.diskOK && h.away == "" {
+		return strings.TrimSuffix("its disk "+h.place.DiskID+" is not there: "+cmp.Or(h.diskWhy, h.disk.Error), ": ")
+	}
+	return ""
+}
+
 // diskAway says that a volume's disk cannot be used, and why, as far as anybody knows.
 func (p *planner) diskAway(h *here) string {
+	if h.place.Node != h.node {
+		return strings.TrimSuffix("disk "+h.place.DiskID+" of node "+h.place.Node+" cannot be used: "+h.diskWhy, ": ")
+	}
 	why := h.disk.Error
 	node := p.in.View.Nodes[p.in.Node]
 	for name, d := range node.Observed.Value.Disks {
@@ -161,6 +177,12 @@ func (p *planner) diskAway(h *here) string {
 
 // openError says what is wrong with a volume that is open.
 func (p *planner) openError(h *here) string {
+	switch {
+	case h.found.Away != "":
+		return "its copy is on node " + h.place.Node + ", which does not answer: " + h.found.Away
+	case h.away != "":
+		return "its copy is on " + h.away
+	}
 	if !h.diskOK {
 		return p.diskAway(h)
 	}
@@ -208,35 +230,22 @@ func (h *here) size(was int64) int64 {
 	return was
 }
 
-// observeReplicas shows the replica that is here; those of other nodes are theirs to show.
-func (p *planner) observeReplicas(h *here, o catalog.VolumeObserved) []catalog.ReplicaObserved {
-	r := catalog.ReplicaObserved{ReplicaID: h.place.ReplicaID, Node: h.place.Node, DiskID: h.place.DiskID, Created: h.there || !h.diskOK}
-	out := []catalog.ReplicaObserved{}
-	var was catalog.ReplicaObserved
-	for _, other := range o.Replicas {
-		placed := slices.ContainsFunc(h.w.Replicas, func(p catalog.Placement) bool { return p.ReplicaID == other.ReplicaID })
-		if other.ReplicaID == r.ReplicaID {
-			was = other
-		} else if placed {
-			out = append(out, other)
+// observeModes shows which replicas are in use. What else there is to see of them their own nodes show (replicaHere.observe).
+func (p *planner) observeModes(h *here, o *catalog.VolumeObserved) {
+	for i := range o.Replicas {
+		r := &o.Replicas[i]
+		failedAt := r.FailedAt
+		r.Running, r.Mode, r.FailedAt = false, "", ""
+		if r.ReplicaID != h.place.ReplicaID {
+			continue
+		}
+		if h.open && h.found.State == FoundOpen {
+			r.Running, r.Mode = true, "RW"
+		}
+		if o.Robustness == catalog.RobustnessFaulted {
+			r.Running, r.Mode, r.FailedAt = false, "ERR", cmp.Or(failedAt, p.in.Now.UTC().Format(time.RFC3339))
 		}
 	}
-	r.DataPath, r.AllocatedBytes = was.DataPath, was.AllocatedBytes
-	if h.there {
-		r.DataPath, r.AllocatedBytes = h.replica.DataPath, h.replica.AllocatedBytes
-	}
-	if h.open && h.found.State == FoundOpen {
-		r.Running, r.Mode = true, "RW"
-	}
-	if o.Robustness == catalog.RobustnessFaulted {
-		r.Running, r.Mode, r.FailedAt = false, "ERR", was.FailedAt
-		if r.FailedAt == "" {
-			r.FailedAt = p.in.Now.UTC().Format(time.RFC3339)
-		}
-	}
-	out = append(out, r)
-	slices.SortFunc(out, func(a, b catalog.ReplicaObserved) int { return cmp.Compare(a.ReplicaID, b.ReplicaID) })
-	return out
 }
 
 // snapshots turns layers into what the dialect shows: parents and children by name.
@@ -287,11 +296,11 @@ func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
 	}
 	wait := catalog.Condition{Status: catalog.ConditionFalse}
 	fits := catalog.Condition{Status: catalog.ConditionFalse}
-	img, ready := h.disk.image(h.w.ImageID)
-	if ready && img.VirtualSizeBytes > h.w.SizeBytes && !h.there {
+	bytes, ready := p.imageAt(h)
+	if ready && bytes > h.w.SizeBytes && !h.there {
 		fits = catalog.Condition{
 			Status: catalog.ConditionTrue, Reason: "TooSmall",
-			Message: "the image has " + size(img.VirtualSizeBytes) + ", the volume " + size(h.w.SizeBytes),
+			Message: "the image has " + size(bytes) + ", the volume " + size(h.w.SizeBytes),
 		}
 	}
 	if !ready && !h.there && h.diskOK {
@@ -303,6 +312,16 @@ func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
 	}
 	setCondition(m, catalog.ConditionWaitForImage, wait, p.in.Now)
 	setCondition(m, catalog.ConditionImageIncompatible, fits, p.in.Now)
+}
+
+// imageAt tells whether the volume's image is ready where its replica is, and how large it is.
+func (p *planner) imageAt(h *here) (bytes int64, ready bool) {
+	if h.place.Node == h.node {
+		img, ok := h.disk.image(h.w.ImageID)
+		return img.VirtualSizeBytes, ok
+	}
+	o := p.in.View.Images[h.w.Image].Observed.Value
+	return o.VirtualSizeBytes, o.ID == h.w.ImageID && o.Disks[h.place.DiskID].State == catalog.ImageReady
 }
 
 // volumeNotes tells people what changed.

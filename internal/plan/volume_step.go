@@ -6,32 +6,21 @@ import (
 	"ashlar/internal/catalog"
 )
 
-// CreateReplica makes an empty replica. It is only ever said of a volume nothing was written to.
-type CreateReplica struct {
-	follows
-	Volume, VolumeID, DiskID, ReplicaID, Image, ImageID string
-	SizeBytes                                           int64
-}
-
-// DeleteReplica destroys a replica, after a linearizable read of the tombstone.
-type DeleteReplica struct {
-	follows
-	Volume, VolumeID, DiskID, ReplicaID string
-}
-
-// OpenVolume opens a volume on its replica and exports it.
+// OpenVolume opens a volume on its replica, which is on ReplicaNode, and exports it.
 type OpenVolume struct {
 	follows
-	Volume, VolumeID, DiskID, ReplicaID, Frontend string
-	Salvage                                       bool
-	Limits                                        catalog.Limits
+	Volume, VolumeID, DiskID, ReplicaID, ReplicaNode, Frontend string
+	Salvage                                                    bool
+	Limits                                                     catalog.Limits
 }
 
-// CloseVolume closes an open volume. What Readings read ends with it, and is begun again when the volume is open again.
+// CloseVolume closes an open volume. What Readings read ends with it, and is begun again when the volume is open again. Force: it cannot be closed cleanly, because
+// another has it by now, or because its replica's node does not answer.
 type CloseVolume struct {
 	follows
 	Volume, VolumeID string
 	Readings         []Reading
+	Force            bool
 }
 
 // SetLimits changes the limits of an open volume.
@@ -47,18 +36,6 @@ type Operate struct {
 	Operation         Half[catalog.Operation]
 	DiskID, ReplicaID string
 }
-
-// Key implements Action.
-func (a CreateReplica) Key() string { return VolumeKey(a.VolumeID) }
-
-// Verb implements Action.
-func (CreateReplica) Verb() string { return "create-replica" }
-
-// Key implements Action.
-func (a DeleteReplica) Key() string { return VolumeKey(a.VolumeID) }
-
-// Verb implements Action.
-func (DeleteReplica) Verb() string { return "delete-replica" }
 
 // Key implements Action.
 func (a OpenVolume) Key() string { return VolumeKey(a.VolumeID) }
@@ -87,13 +64,16 @@ func (Operate) Verb() string { return "operate" }
 // VolumeKey is the Key of the actions on a volume: they are done one at a time.
 func VolumeKey(volumeID string) string { return "volume/" + volumeID }
 
-// here is all that one node knows of a volume with a replica on it.
+// here is all that a volume's home knows of it.
 type here struct {
+	node  string // this one
 	vol   Volume
 	w     catalog.VolumeWanted
-	place catalog.Placement
+	place catalog.Placement // the replica that is opened
 
-	diskOK  bool // the replica's disk can be looked into
+	away    string // why the replica's node cannot be reached; "": it can, or is this one
+	diskOK  bool   // the replica's disk can be looked into; of another node: that node says so
+	diskWhy string // why not
 	disk    FoundDisk
 	replica FoundReplica
 	there   bool // the replica is on its disk
@@ -112,37 +92,139 @@ type here struct {
 	dropping  bool                    // there is one
 }
 
-// volume plans one volume, if a replica of it belongs here.
+// volume plans one volume: what its home does if that is here, what is here of its replicas, and that it is not open here if its home is elsewhere.
 func (p *planner) volume(name string) {
 	vol := p.in.View.Volumes[name]
 	w := vol.Wanted.Value
-	i := slices.IndexFunc(w.Replicas, func(r catalog.Placement) bool { return r.Node == p.in.Node })
-	if !vol.Wanted.Is() || i < 0 || !p.in.Found.Known {
+	if !vol.Wanted.Is() || !p.in.Found.Known {
 		return
 	}
-	h := &here{vol: vol, w: w, place: w.Replicas[i], member: p.in.View.Memberships[w.ID]}
-	h.disk, h.diskOK = p.in.Found.disk(h.place.DiskID)
-	h.diskOK = h.diskOK && h.disk.usable()
-	if r := p.found.replicas[[2]string{h.place.DiskID, h.place.ReplicaID}]; r != nil {
-		h.replica, h.there = *r, true
+	home := len(w.Replicas) > 0 && p.in.View.home(vol) == p.in.Node
+	found := p.found.volumes[w.ID]
+	if !home && found == nil && !p.placedHere(w) {
+		return
+	}
+	p.current = name
+	defer func() { p.current = "" }()
+	was := vol.Observed.Value
+	o := freshObserved(was, w)
+	o.Replicas = slices.DeleteFunc(slices.Clone(o.Replicas), func(r catalog.ReplicaObserved) bool { return !names(w, r.ReplicaID) })
+	replicas := p.replicasHere(vol)
+	for i := range replicas {
+		replicas[i].observe(&o)
+	}
+	var h *here
+	if home {
+		h = p.lookAt(vol, o)
+		p.observeVolume(h, &o)
+		p.begin(p.volumeStep(h))
+		p.begin(h.limitsStep())
+	} else if found != nil {
+		p.begin(p.strayStep(vol, found))
+	}
+	for _, r := range replicas {
+		p.begin(p.replicaStep(r, o))
+	}
+	w2 := Write{Key: catalog.VolumeKey(catalog.Observed, name), Value: o, Was: vol.Observed.Rev}
+	if home {
+		w2.Notes = p.volumeNotes(was, o)
+	}
+	if current := !p.write(w2, was); home {
+		p.volumeRecords(h, current)
+	}
+}
+
+// names tells whether the volume's wanted record names a replica.
+func names(w catalog.VolumeWanted, replicaID string) bool {
+	is := func(r catalog.Placement) bool { return r.ReplicaID == replicaID }
+	return slices.ContainsFunc(w.Replicas, is) || slices.ContainsFunc(w.Dropped, is)
+}
+
+// placedHere tells whether a replica of the volume belongs to this node.
+func (p *planner) placedHere(w catalog.VolumeWanted) bool {
+	here := func(r catalog.Placement) bool { return r.Node == p.in.Node }
+	return slices.ContainsFunc(w.Replicas, here) || slices.ContainsFunc(w.Dropped, here)
+}
+
+// lookAt gathers what the home knows. o has what the nodes of the replicas have said of them.
+func (p *planner) lookAt(vol Volume, o catalog.VolumeObserved) *here {
+	w := vol.Wanted.Value
+	h := &here{node: p.in.Node, vol: vol, w: w, member: p.in.View.Memberships[w.ID]}
+	h.place = placeToOpen(w, h.member)
+	if h.place.Node == p.in.Node {
+		h.disk, h.diskOK = p.in.Found.disk(h.place.DiskID)
+		h.diskOK = h.diskOK && h.disk.usable()
+		if r := p.found.replicas[[2]string{h.place.DiskID, h.place.ReplicaID}]; r != nil {
+			h.replica, h.there = *r, true
+		}
+	} else {
+		p.lookThere(h, o)
 	}
 	if f := p.found.volumes[w.ID]; f != nil {
 		h.found, h.open = *f, true
 	}
-	h.op, h.todo = p.in.View.next(name, w.ID, isNoExport)
-	h.export, h.exporting = p.in.View.next(name, w.ID, isExport)
+	h.op, h.todo = p.in.View.next(w.Name, w.ID, isNoExport)
+	h.export, h.exporting = p.in.View.next(w.Name, w.ID, isExport)
 	h.readings = p.readings[w.ID]
 	h.drop, h.dropping = p.leftover(h)
+	return h
+}
 
-	current := !p.observeVolume(h)
-	p.begin(p.volumeStep(h))
-	p.begin(h.limitsStep())
-	p.volumeRecords(h, current)
+// placeToOpen is the replica that is opened: the one that the membership record names, else the first that is no copy still to be made.
+func placeToOpen(w catalog.VolumeWanted, m Half[catalog.Membership]) catalog.Placement {
+	for _, r := range w.Replicas {
+		if named(m.Value, r.ReplicaID) {
+			return r
+		}
+	}
+	for _, r := range w.Replicas {
+		if r.CopyOf == "" {
+			return r
+		}
+	}
+	return w.Replicas[0]
+}
+
+// lookThere looks at a replica of another node through what that one said: until it has said anything, a volume that was written to has its replica.
+func (p *planner) lookThere(h *here, o catalog.VolumeObserved) {
+	h.away = p.away(h.place.Node)
+	h.diskWhy = h.away
+	for _, d := range p.in.View.Nodes[h.place.Node].Observed.Value.Disks {
+		if d.DiskID == h.place.DiskID && h.away == "" {
+			c := d.Conditions[catalog.ConditionReady]
+			h.diskOK, h.diskWhy = c.Status == catalog.ConditionTrue, c.Message
+		}
+	}
+	h.there = h.member.Value.Epoch > 0
+	for _, r := range o.Replicas {
+		if r.ReplicaID == h.place.ReplicaID {
+			h.there = r.Created
+		}
+	}
+}
+
+// strayStep closes a volume that is open here although its home is elsewhere: its node was cut off and is back, or its data process opened it again by itself.
+func (p *planner) strayStep(vol Volume, f *FoundVolume) Action {
+	h := &here{node: p.in.Node, vol: vol, w: vol.Wanted.Value, found: *f, open: true, member: p.in.View.Memberships[vol.Wanted.Value.ID]}
+	if len(h.w.Replicas) > 0 {
+		h.place = placeToOpen(h.w, h.member)
+		h.away = p.away(h.place.Node)
+	}
+	h.readings = p.readings[h.w.ID]
+	if h.stale() || !h.member.Is() || f.State == FoundOpening || f.State == FoundClosing {
+		return nil
+	}
+	return h.closeAction()
 }
 
 // ticketed tells whether the volume is wanted open here by somebody.
 func (h *here) ticketed() bool {
-	return h.w.Deleted == nil && len(h.w.Tickets) > 0 && h.w.Tickets[0].Node == h.place.Node
+	return h.w.Deleted == nil && len(h.w.Tickets) > 0 && h.w.Tickets[0].Node == h.node
+}
+
+// elsewhere tells whether somebody wants the volume open on another node.
+func (h *here) elsewhere() bool {
+	return h.w.Deleted == nil && len(h.w.Tickets) > 0 && h.w.Tickets[0].Node != h.node
 }
 
 // frontend is what the volume is wanted open with.
@@ -157,7 +239,7 @@ func (h *here) frontend() string {
 
 // offline tells whether something is to be done for which a detached volume is opened.
 func (h *here) offline() bool {
-	return h.w.Deleted == nil && (h.todo && h.op.Value.Verb == catalog.VerbExpand || len(h.readings) > 0 || h.dropping)
+	return h.w.Deleted == nil && !h.elsewhere() && (h.todo && h.op.Value.Verb == catalog.VerbExpand || len(h.readings) > 0 || h.dropping)
 }
 
 // may tells whether the volume is in a state for its operation: those that need it attached do not ride on its being open for something else.
@@ -175,15 +257,30 @@ func (h *here) lost() bool {
 }
 
 func (h *here) openAction() OpenVolume {
-	a := OpenVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID, "", h.w.Salvage, h.w.Limits}
+	a := OpenVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID, h.place.Node, "", h.w.Salvage, h.w.Limits}
 	if h.ticketed() {
 		a.Frontend = h.frontend()
 	}
 	return a
 }
 
+// openStep opens the volume, where there are other nodes only after it is on record that it is this one which does: the record is changed by compare-and-swap, so of two
+// nodes that both take themselves for the home one opens.
+func (p *planner) openStep(h *here) Action {
+	if o := h.vol.Observed.Value; len(p.in.View.Nodes) > 1 && (o.ID != h.w.ID || o.Node != h.node) {
+		return nil
+	}
+	return h.openAction()
+}
+
 func (h *here) closeAction() CloseVolume {
-	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.readings}
+	force := h.fenced() || h.away != "" || h.found.Away != ""
+	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.readings, force}
+}
+
+// fenced tells whether another has opened the volume since.
+func (h *here) fenced() bool {
+	return h.open && (h.found.Code == catalog.CodeConflict || h.found.Epoch > 0 && h.member.Value.Epoch > h.found.Epoch)
 }
 
 // limitsStep keeps the limits of an open volume as they are wanted.
@@ -205,27 +302,33 @@ func (h *here) leaving() bool {
 
 // volumeStep is the one next thing to do to a volume; nil: nothing, or wait.
 //
-//	no replica ──create──► replica ──open──► open ──operate──► open ──close──► replica ──delete──► no replica
+//	replica ──open──► open ──operate──► open ──close──► replica
 func (p *planner) volumeStep(h *here) Action {
 	switch {
 	case h.stale():
 		return nil
 	case h.w.Deleted != nil:
-		return deleteStep(h)
+		if !h.open || h.found.State == FoundClosing {
+			return nil
+		}
+		return h.closeAction()
 	case h.todo && p.known(h.op.Value.ID), h.exporting && p.known(h.export.Value.ID):
 		return nil // its end is recorded first
 	case h.open:
-		return p.openStep(h)
-	case !h.diskOK || !h.member.Is():
+		return p.haveStep(h)
+	case !h.diskOK || !h.member.Is() || !h.there:
 		return nil
-	case !h.there:
-		return p.createStep(h)
 	case h.todo && h.op.Value.Verb == catalog.VerbCheck:
 		return h.operate()
-	case h.ticketed(), h.offline() && (!h.todo || len(h.readings) > 0 || h.dropping || p.refusedOperation(h) == ""):
-		return h.openAction()
+	case h.ticketed(), p.opensFor(h):
+		return p.openStep(h)
 	}
 	return nil
+}
+
+// opensFor tells whether a detached volume is opened for something.
+func (p *planner) opensFor(h *here) bool {
+	return h.offline() && (!h.todo || len(h.readings) > 0 || h.dropping || p.refusedOperation(h) == "")
 }
 
 // known tells whether the operation was carried out already.
@@ -238,20 +341,8 @@ func (h *here) operate() Action {
 	return Operate{follows{h.op.Rev}, h.op, h.place.DiskID, h.place.ReplicaID}
 }
 
-func deleteStep(h *here) Action {
-	switch {
-	case h.open && h.found.State == FoundClosing:
-		return nil
-	case h.open:
-		return h.closeAction()
-	case h.there:
-		return DeleteReplica{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID}
-	}
-	return nil
-}
-
-// openStep is the next thing to do to a volume the data process has.
-func (p *planner) openStep(h *here) Action {
+// haveStep is the next thing to do to a volume the data process has.
+func (p *planner) haveStep(h *here) Action {
 	wanted := h.ticketed() || h.offline()
 	switch h.found.State {
 	case FoundOpen:
@@ -276,7 +367,7 @@ func (p *planner) openStep(h *here) Action {
 		case h.lastCopyFailed(): // it returns errors until it is detached or a person decides
 			return nil
 		}
-		return h.openAction()
+		return p.openStep(h)
 	}
 	return nil // opening or closing: its end is seen
 }
@@ -290,24 +381,6 @@ func (h *here) stale() bool {
 // lastCopyFailed tells whether a flush of the last copy failed (design: invariant 8).
 func (h *here) lastCopyFailed() bool {
 	return h.open && h.found.State == FoundFailed && (h.found.Code == catalog.CodeFailed || h.found.Code == catalog.CodeNeedsSalvage)
-}
-
-// createStep makes the replica once its image is there.
-func (p *planner) createStep(h *here) Action {
-	if h.lost() {
-		return nil
-	}
-	if h.w.ImageID != "" {
-		img, ok := h.disk.image(h.w.ImageID)
-		if !ok || img.VirtualSizeBytes > h.w.SizeBytes {
-			return nil
-		}
-	}
-	return h.createAction()
-}
-
-func (h *here) createAction() CreateReplica {
-	return CreateReplica{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.place.DiskID, h.place.ReplicaID, h.w.Image, h.w.ImageID, h.w.SizeBytes}
 }
 
 // volumeRecords writes what follows from the volume's state besides the observed record: the end of operations, and salvage taken back. current tells
