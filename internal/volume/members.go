@@ -17,7 +17,7 @@ import (
 //	closed ───────────► claimed ──────────► open ◄──────────────────────► changing
 //	   ▲                   │ Claim           │  CommitChange, AbortChange
 //	   └───────────────────┴─────────────────┘
-//	                 Released
+//	             Released, Replace
 //
 // Every function leaves its argument as it is, and every Record that differs has a higher Generation, so that no two swapped Records with the
 // same (Epoch, Generation) differ unless a catalogue was restored from a backup.
@@ -115,6 +115,25 @@ func Retaken(rec replica.Record, by Claimant, now time.Time) replica.Record {
 	next := step(rec, now)
 	next.WriterNode, next.WriterBoot = by.Node, by.Boot
 	return next
+}
+
+// Replace puts a copy in the place of a member, by the writer that opened last and has it alone in sync: to has all that from has, and nobody writes any more. ErrNoMember if from is not in sync or has failed;
+// ErrPending; ErrInvalid if to is a member already, or nobody opened under this epoch.
+func Replace(rec replica.Record, from string, to replica.Member, now time.Time) (replica.Record, error) {
+	at := slices.IndexFunc(rec.Members, func(m replica.Member) bool { return m.ReplicaID == from })
+	switch {
+	case at < 0 || !rec.Members[at].InSync || rec.Members[at].Failed != "":
+		return rec, fmt.Errorf("replace member %s: not in sync: %w", from, ErrNoMember)
+	case rec.Pending != nil:
+		return rec, fmt.Errorf("replace member %s: %s is pending: %w", from, rec.Pending.Verb, ErrPending)
+	case to.ReplicaID == "" || to.Node == "" || to.Incarnation == "" || slices.ContainsFunc(rec.Members, func(m replica.Member) bool { return m.ReplicaID == to.ReplicaID }):
+		return rec, fmt.Errorf("replace member %s by %q on %q: %w", from, to.ReplicaID, to.Node, ErrInvalid)
+	case rec.Epoch == 0 || rec.Opened != rec.Epoch:
+		return rec, fmt.Errorf("replace member %s: epoch %d was not opened: %w", from, rec.Epoch, ErrInvalid)
+	}
+	next := Released(rec, now)
+	next.Members[at] = replica.Member{ReplicaID: to.ReplicaID, Node: to.Node, InSync: true, Incarnation: to.Incarnation}
+	return next, nil
 }
 
 // inSync returns the indexes of the members in sync.
