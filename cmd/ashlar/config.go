@@ -55,6 +55,9 @@ func options() []option {
 		{key: "run-dir", flag: "run-dir", env: "ASHLAR_RUN_DIR", value: "/run/ashlar", kind: path, check: checkAbsolute, about: "Directory of sockets and of what belongs to one boot. Absolute and short: a socket's path has 107 bytes at most."},
 		{key: "listen", flag: "listen", env: "ASHLAR_LISTEN", value: "127.0.0.1:9500", check: checkListenAddress, about: "TCP address of the REST API, HOST:PORT; none: only the socket in run-dir. Beyond loopback it speaks TLS and asks for a token (ashlar token create)."},
 		{key: "etcd", flag: "etcd", env: "ASHLAR_ETCD", kind: list, check: checkEndpoints, about: "Endpoints of an existing etcd. Without any, one is embedded."},
+		{key: "etcd-tls.ca", flag: "etcd-ca", env: "ASHLAR_ETCD_CA", kind: path, check: checkAbsoluteOrNone, about: "File with the authority that signed an existing etcd's certificates, PEM."},
+		{key: "etcd-tls.certificate", flag: "etcd-certificate", env: "ASHLAR_ETCD_CERTIFICATE", kind: path, check: checkAbsoluteOrNone, about: "File with the certificate that is shown to an existing etcd, PEM."},
+		{key: "etcd-tls.key", flag: "etcd-key", env: "ASHLAR_ETCD_KEY", kind: path, check: checkAbsoluteOrNone, about: "File with its private key, PEM. Needed with etcd-tls.certificate."},
 		{key: "log.level", flag: "log-level", env: "ASHLAR_LOG_LEVEL", value: "info", check: oneOf("debug", "info", "warn", "error"), about: "What is logged: debug, info, warn or error."},
 		{key: "log.format", flag: "log-format", env: "ASHLAR_LOG_FORMAT", value: "text", check: oneOf("text", "json"), about: "How: text (key=value) or json (one object a line)."},
 		{key: "tls.certificate", flag: "tls-certificate", env: "ASHLAR_TLS_CERTIFICATE", kind: path, check: checkAbsoluteOrNone, about: "File with the certificate chain that REST shows beyond loopback, PEM. Without one, the cluster's own authority issues it: clients then need its certificate, DATA-DIR/identity/ca.crt."},
@@ -251,6 +254,9 @@ func contradictions(cmd *cobra.Command) []string {
 	}
 	if (value("nbd-certificate") == "") != (value("nbd-key") == "") {
 		out = append(out, "nbd.certificate and nbd.key: one without the other")
+	}
+	if (value("etcd-certificate") == "") != (value("etcd-key") == "") {
+		out = append(out, "etcd-tls.certificate and etcd-tls.key: one without the other")
 	}
 	address := value("nbd-listen")
 	if address != "" && !onLoopback(address) && (value("nbd-certificate") == "" || value("nbd-client-ca") == "") {

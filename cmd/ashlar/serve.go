@@ -42,7 +42,8 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 			return a.profiled(cmd.Context(), "serve", func() error { return serve(cmd.Context(), cfg) })
 		},
 	}
-	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "etcd": &etcd, "log-level": &level, "log-format": &format,
+	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "etcd": &etcd, "etcd-ca": &cfg.EtcdFiles.CA, "etcd-certificate": &cfg.EtcdFiles.Cert,
+		"etcd-key": &cfg.EtcdFiles.Key, "log-level": &level, "log-format": &format,
 		"tls-certificate": &cfg.TLSCertificate, "tls-key": &cfg.TLSKey, "nbd-listen": &cfg.NBD.Address, "nbd-certificate": &cfg.NBD.CertFile, "nbd-key": &cfg.NBD.KeyFile,
 		"nbd-client-ca": &cfg.NBD.ClientCA} {
 		optionOf(flag).define(cmd, into)
@@ -76,15 +77,24 @@ func hostname() string {
 	return short
 }
 
-// serve runs a node until it is told to stop.
+// serve runs a node until it is told to stop. A node that becomes another (in a cluster, say) is built anew here; guests do not notice.
 func serve(ctx context.Context, cfg node.Config) error {
-	n, err := node.Start(ctx, cfg)
-	if err != nil {
-		return err
+	for again := false; ; again = true {
+		n, err := node.Start(ctx, cfg)
+		if err != nil {
+			return err
+		}
+		// Told to systemd, if it is who started us; an error means only that nobody listens.
+		_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
+		cfg.Log.Info("node is up", "node", cfg.Name, "version", cfg.Version, "socket", client.Socket(cfg.RunDir), "listen", cfg.Listen, "again", again)
+		err = n.Wait(ctx)
+		ended := n.Close()
+		if !errors.Is(err, node.ErrRestart) || ctx.Err() != nil {
+			return errors.Join(err, ended)
+		}
+		cfg.Log.Info("the node is built anew", "why", err)
+		if ended != nil {
+			cfg.Log.Warn("not everything ended in order", "error", ended)
+		}
 	}
-	// Told to systemd, if it is who started us; an error means only that nobody listens.
-	_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
-	cfg.Log.Info("node is up", "node", cfg.Name, "version", cfg.Version, "socket", client.Socket(cfg.RunDir), "listen", cfg.Listen)
-	err = n.Wait(ctx)
-	return errors.Join(err, n.Close())
 }

@@ -53,6 +53,8 @@ type Config struct {
 	// CanEvict tells whether all that lies on a node's disk (disk "": on all its disks) would find another place now; the error says why not, for each object. Nil:
 	// evictions are accepted unseen.
 	CanEvict func(ctx context.Context, node, disk string) error
+	// Cluster makes this node one of a cluster; nil makes those verbs answer 501.
+	Cluster Cluster
 	// Log takes what a client cannot be told: panics and unreadable records. Nil discards.
 	Log *slog.Logger
 }

@@ -17,7 +17,7 @@ import (
 // This file makes the OpenAPI 3.1 document from what is served: routes() says which paths and verbs there are, reflection on the structs that travel what they look
 // like, and the comments in these sources, which the program carries with it, what their fields mean.
 
-//go:embed attach.go constant.go export.go image.go limit.go node.go node_contents.go operation.go overview.go resource.go setting.go snapshot.go token.go volume.go
+//go:embed attach.go cluster.go constant.go export.go image.go limit.go node.go node_contents.go operation.go overview.go resource.go setting.go snapshot.go token.go volume.go
 var sources embed.FS
 
 // object is a JSON object under construction.

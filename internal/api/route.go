@@ -84,7 +84,7 @@ func (h *Handler) routes() map[string]*noun {
 		{schema: "catalogue", plural: "catalogue", hidden: true, ways: h.backupWays()},
 		{schema: "openapi", plural: "openapi.json", one: object{}, list: h.openAPI, single: true, hidden: true},
 	}
-	all = append(all, h.constants()...)
+	all = append(append(all, h.clusterNouns()...), h.constants()...)
 	nouns := map[string]*noun{}
 	for _, n := range all {
 		nouns[n.plural] = n

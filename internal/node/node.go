@@ -2,7 +2,7 @@
 // control, the agent, REST), Close takes it down in reverse. Nothing else in the house knows all of these. The data process is not a part of it: it is
 // found, or started through the holder, and outlives it.
 //
-// Read next: agent (what a node does), control (what a cluster decides), ../../docs/tour.md.
+// Read next: agent (what a node does), control (what a cluster decides), cluster.go (what it is in its cluster), ../../docs/tour.md.
 package node
 
 import (
@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,7 @@ import (
 	apiclient "ashlar/internal/api/client"
 	"ashlar/internal/catalog"
 	"ashlar/internal/catalog/etcd"
+	"ashlar/internal/cluster"
 	"ashlar/internal/control"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
@@ -48,8 +50,9 @@ type Config struct {
 	Name string
 	// Version is this build's.
 	Version string
-	// Etcd are the endpoints of an existing etcd; empty: one is embedded.
-	Etcd []string
+	// Etcd are the endpoints of an existing etcd; empty: one is embedded. EtcdFiles are shown to it, and say whom to believe; the zero value: nothing.
+	Etcd      []string
+	EtcdFiles etcd.Files
 	// Binary is started as holder and data process; empty: this program.
 	Binary string
 	// Systemd: holder and data process are units of systemd's; see hold.Config.
@@ -99,6 +102,11 @@ type Node struct {
 	cancel context.CancelCauseFunc
 	loops  sync.WaitGroup
 	keeper *hold.Keeper
+
+	state  *cluster.State             // who it is in its cluster; nil: a cluster of one that listens nowhere
+	tls    *identity.NodeTLS          // nil with state
+	store  atomic.Pointer[etcd.Store] // in a cluster: nil until it is open
+	member atomic.Pointer[memberNote] // what is said of this node's etcd member instead of what store says
 }
 
 // errStopped ends the loops without blame.
@@ -130,7 +138,17 @@ func (n *Node) build(ctx context.Context) error {
 	if err := n.lock(); err != nil {
 		return err
 	}
+	if err := n.loadCluster(); err != nil {
+		return err
+	}
 	listeners, err := n.listen()
+	if err != nil {
+		return err
+	}
+	if err := n.settle(ctx); err != nil {
+		return err
+	}
+	port, err := n.listenNode()
 	if err != nil {
 		return err
 	}
@@ -138,35 +156,72 @@ func (n *Node) build(ctx context.Context) error {
 		return fmt.Errorf("start the holder: %w", err)
 	}
 	n.undo = append(n.undo, n.keeper.Close)
-	cat, err := n.openCatalogue(ctx)
+	cat, leader, err := n.openCatalogue(ctx)
 	if err != nil {
 		return fmt.Errorf("open the catalogue: %w", err)
 	}
 	n.undo = append(n.undo, cat.Close)
 	ag, err := agent.New(agent.Config{
-		Node: n.cfg.Name, Address: "127.0.0.1", Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
-		Disks: map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
-		Stop:  func() { n.cancel(errStopped) },
+		Node: n.cfg.Name, Address: n.address(), Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
+		Disks:   map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
+		Cluster: n.clusterFiles(), Member: n.memberState, Stop: func() { n.cancel(errStopped) },
 	})
 	if err != nil {
 		return err
 	}
 	n.undo = append(n.undo, func() error { n.cancel(errStopped); n.loops.Wait(); return nil })
+	if l, ok := cat.(*late); ok {
+		n.loop("the catalogue", func(ctx context.Context) error { return n.openLate(ctx, l) })
+	}
 	n.loop("agent", ag.Run)
-	n.loop("control", control.New(control.Config{Catalog: cat, Log: n.cfg.Log}).Run)
+	n.loop("control", control.New(control.Config{Catalog: cat, Leader: leader, Log: n.cfg.Log}).Run)
+	n.loop("alive", func(ctx context.Context) error { return n.hold(ctx, cat) })
+	handler := n.handler(cat, ag)
+	// Streams have no end of their own, and would hold up the shutdown of what serves them.
+	n.undo = append(n.undo, handler.Close)
+	if port != nil {
+		n.startCluster(cat.(*late), port, ag, handler)
+	}
+	for _, l := range listeners {
+		n.loop("REST on "+l.Addr().String(), func(ctx context.Context) error { return client.Serve(ctx, l, handler, time.Second) })
+	}
+	return nil
+}
+
+// handler is REST.
+func (n *Node) handler(cat catalog.Catalog, ag *agent.Agent) *api.Handler {
 	frontend := catalog.FrontendNBD
 	if err := blockdev.Supported(); err == nil {
 		frontend = catalog.FrontendBlockdev
 	} else {
 		n.cfg.Log.Info("no block devices on this machine; volumes whose creator names no frontend get nbd", "why", err)
 	}
-	handler := api.New(api.Config{Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log})
-	// Streams have no end of their own, and would hold up the shutdown of what serves them.
-	n.undo = append(n.undo, handler.Close)
-	for _, l := range listeners {
-		n.loop("REST on "+l.Addr().String(), func(ctx context.Context) error { return client.Serve(ctx, l, handler, time.Second) })
+	return api.New(api.Config{
+		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log,
+		Cluster: membership{n, cat}, Forward: n.forward(cat),
+	})
+}
+
+// listenNode opens the node port, if the node is in a cluster.
+func (n *Node) listenNode() (net.Listener, error) {
+	if n.state == nil {
+		return nil, nil
 	}
-	return nil
+	address := cluster.Address(n.state.Host, n.state.Port, catalog.PortNode)
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen for other nodes (if this machine's address changed: `ashlar cluster readdress`): %w", err)
+	}
+	n.undo = append(n.undo, func() error { return ignoreClosed(l.Close()) })
+	return l, nil
+}
+
+// address is what others reach this node by.
+func (n *Node) address() string {
+	if n.state != nil {
+		return n.state.Host
+	}
+	return "127.0.0.1"
 }
 
 // codeOf is the API's code for what the agent could not answer; the words are those of the data process's wire.
@@ -176,6 +231,12 @@ func codeOf(err error) string {
 		return string(api.CodeUnreachable)
 	case errors.Is(err, agent.ErrNotHere):
 		return string(api.CodeNotFound)
+	case errors.Is(err, cluster.ErrAddress), errors.Is(err, identity.ErrJoinToken), errors.Is(err, identity.ErrFingerprint):
+		return string(api.CodeInvalid)
+	case errors.Is(err, cluster.ErrRemains):
+		return string(api.CodeInUse)
+	case errors.Is(err, cluster.ErrIn), errors.Is(err, cluster.ErrNone), errors.Is(err, cluster.ErrClock):
+		return string(api.CodeConflict)
 	}
 	return string(client.CodeOf(err))
 }
@@ -197,7 +258,8 @@ func (n *Node) diskDir() string { return filepath.Join(n.cfg.DataDir, "disks", "
 // lock takes the data directory for this process, and the run directory, whose sockets a second node would take over.
 func (n *Node) lock() error {
 	dirs := []string{n.cfg.DataDir, n.cfg.RunDir}
-	if _, err := os.Stat(n.catalogueDir()); errors.Is(err, fs.ErrNotExist) {
+	_, old := os.Stat(n.catalogueDir())
+	if _, joined := os.Stat(string(n.dir())); errors.Is(old, fs.ErrNotExist) && errors.Is(joined, fs.ErrNotExist) {
 		// Only at the first start: a disk that disappears later is missed, not replaced by an empty one.
 		dirs = append(dirs, n.diskDir())
 	}
@@ -256,7 +318,11 @@ func (n *Node) serverTLS() (*tls.Config, error) {
 	if api.CheckListen(n.cfg.Listen, api.Plain) == nil {
 		return nil, nil
 	}
-	authority, err := identity.OpenAuthority(filepath.Join(n.cfg.DataDir, "identity"), nil)
+	if n.state != nil { // the certificate by which other nodes know it too
+		f := n.dir().Files()
+		return identity.ServerTLS(identity.ServerFiles{CertFile: f.CertFile, KeyFile: f.KeyFile})
+	}
+	authority, err := identity.OpenAuthority(n.authorityDir(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -296,11 +362,28 @@ func (n *Node) holdConfig() hold.Config {
 	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Systemd: n.cfg.Systemd, Log: n.cfg.Log}
 }
 
-func (n *Node) openCatalogue(ctx context.Context) (*etcd.Store, error) {
-	if len(n.cfg.Etcd) > 0 {
-		return etcd.Open(ctx, etcd.Options{Endpoints: n.cfg.Etcd, Log: n.cfg.Log})
+// openCatalogue opens the catalogue, and says who leads. In a cluster it is opened later, because that may take long: openLate does it.
+func (n *Node) openCatalogue(ctx context.Context) (catalog.Catalog, control.Leader, error) {
+	if n.state != nil {
+		l := newLate()
+		return l, l, nil
 	}
-	return etcd.Open(ctx, etcd.Options{Dir: n.catalogueDir(), Log: n.cfg.Log})
+	s, err := etcd.Open(ctx, n.options())
+	if err != nil {
+		return nil, nil, err
+	}
+	if n.embedded() {
+		return s, nil, nil
+	}
+	return s, s, nil
+}
+
+// openStore opens the catalogue for a command, and waits for it.
+func (n *Node) openStore(ctx context.Context) (*etcd.Store, error) {
+	if err := n.loadCluster(); err != nil {
+		return nil, err
+	}
+	return etcd.Open(ctx, n.options())
 }
 
 // startPatience is how long the data process may take to come up before the node says that it is away.
@@ -337,7 +420,7 @@ func (n *Node) findData(ctx context.Context) (client.Service, error) {
 	return nil, last
 }
 
-// Wait returns when the node has stopped: nil after an orderly shutdown, otherwise why.
+// Wait returns when the node has stopped: nil after an orderly shutdown, ErrRestart when it is to be built anew, otherwise why.
 func (n *Node) Wait(ctx context.Context) error {
 	select {
 	case <-ctx.Done():

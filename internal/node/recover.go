@@ -42,7 +42,7 @@ func Recover(ctx context.Context, cfg Config, disks []string, otherwise string) 
 		return rep, fmt.Errorf("start the holder: %w", err)
 	}
 	n.undo = append(n.undo, n.keeper.Close)
-	cat, err := n.openCatalogue(ctx)
+	cat, err := n.openStore(ctx)
 	if err != nil {
 		return rep, fmt.Errorf("open the catalogue: %w", err)
 	}

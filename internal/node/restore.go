@@ -25,7 +25,7 @@ func Restore(ctx context.Context, cfg Config, backup io.Reader) (done catalog.Ba
 	if err := n.lock(); err != nil {
 		return done, fmt.Errorf("%w (stop it for this; guests go on)", err)
 	}
-	cat, err := n.openCatalogue(ctx)
+	cat, err := n.openStore(ctx)
 	if err != nil {
 		return done, fmt.Errorf("open the catalogue: %w", err)
 	}

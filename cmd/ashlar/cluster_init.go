@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ashlar/internal/api"
+	"ashlar/internal/api/client"
+	"ashlar/internal/node"
+)
+
+// memberPatience is how long a node may take to come up as what it has become.
+const memberPatience = time.Minute
+
+func (a *app) clusterInit() *cobra.Command {
+	var address string
+	cmd := &cobra.Command{
+		Use: "init", Short: "Open this node's cluster of one, so that others can join",
+		Long: `Init gives the node an address in its cluster and opens it there. Four TCP ports in a row are used, beginning with the address's (9510 unless another is named): between
+nodes, two of the catalogue's, and the data process's. All of them speak TLS with certificates of the cluster's own authority. Guests do not notice; the API is away for a moment.`,
+		Example: "  ashlar cluster init --address 192.0.2.1\n  ashlar cluster init --address kvm1.example:9510", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.withNode(func(c *client.Client) error {
+				if address == "" {
+					return usageError{cmd, fmt.Errorf("--address is needed: the host name or IP address by which other machines reach this one")}
+				}
+				if _, err := c.InitCluster(cmd.Context(), address); err != nil {
+					return err
+				}
+				info, err := a.waitMember(cmd.Context(), c, "")
+				if err != nil {
+					return err
+				}
+				return a.print(info, func() {
+					a.say("cluster %s is open at %s\nanother machine joins it so:\n  here:   ashlar cluster token\n  there:  ashlar node join %s --token TOKEN --address ITS-ADDRESS", info.ClusterID, info.Address, info.Address)
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&address, "address", "", "HOST or HOST:PORT by which other machines reach this one")
+	return cmd
+}
+
+// waitMember waits until the node is what it has become.
+func (a *app) waitMember(ctx context.Context, c *client.Client, was string) (api.ClusterInfo, error) {
+	short, cancel := context.WithTimeout(ctx, memberPatience)
+	defer cancel()
+	info, err := c.WaitCluster(short, was)
+	return info, stillGoing(err, "the node has changed and does not answer yet; look with `ashlar status`")
+}
+
+func (a *app) clusterToken() *cobra.Command {
+	var life time.Duration
+	cmd := &cobra.Command{
+		Use: "token", Short: "Make a token that lets one machine join, and print it once",
+		Long: `Token makes a join token and prints it: it is kept nowhere, and cannot be shown again. One machine can join with it, before it expires. It also says which cluster it is of, so
+that the machine knows whom it speaks to.`,
+		Example: "  ashlar cluster token --expires 15m", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.withNode(func(c *client.Client) error {
+				t, err := c.CreateJoinToken(cmd.Context(), life)
+				if err != nil {
+					return err
+				}
+				return a.print(t, func() { a.say("%s", t.Token) })
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&life, "expires", time.Hour, "how long it is good for (15m, 24h)")
+	return cmd
+}
+
+func (a *app) clusterReaddress() *cobra.Command {
+	cfg := node.Config{Version: version}
+	var address string
+	cmd := &cobra.Command{
+		Use: "readdress", Short: "Tell this node and its cluster its new address",
+		Long: `Readdress is for a node whose address has changed, or will: serve may run or not. The others learn of it when the node reaches them; guests on this node do not notice, and
+those on other nodes whose copies are here wait until then.`,
+		Example: "  ashlar cluster readdress --address 192.0.2.17", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if address == "" {
+				return usageError{cmd, fmt.Errorf("--address is needed: the host name or IP address by which other machines reach this one now")}
+			}
+			return a.withNode(func(c *client.Client) error {
+				was, err := c.Readdress(cmd.Context(), address)
+				if api.CodeOf(err) == api.CodeUnreachable && a.server == "" {
+					cfg.RunDir, cfg.Log = a.runDir, slog.New(slog.DiscardHandler)
+					if err := node.Readdress(cmd.Context(), cfg, address); err != nil {
+						return err
+					}
+					return a.print(map[string]string{"address": address}, func() { a.say("this node is at %s from the next start of serve on", address) })
+				}
+				if err != nil {
+					return err
+				}
+				if was.Address == address || was.Address == address+":9510" {
+					was.Address = "" // it has it already
+				}
+				info, err := a.waitMember(cmd.Context(), c, was.Address)
+				if err != nil {
+					return err
+				}
+				return a.print(info, func() { a.say("node %s is at %s", info.Node, info.Address) })
+			})
+		},
+	}
+	cmd.Flags().StringVar(&address, "address", "", "HOST or HOST:PORT by which other machines reach this one")
+	optionOf("data-dir").define(cmd, &cfg.DataDir)
+	return cmd
+}

@@ -1,0 +1,287 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"ashlar/internal/catalog"
+	"ashlar/internal/catalog/etcd"
+	"ashlar/internal/identity"
+)
+
+// KeeperConfig is what a Keeper needs.
+type KeeperConfig struct {
+	Dir     Dir
+	State   State
+	TLS     *identity.NodeTLS
+	Catalog catalog.Catalog
+	// Embedded: the etcd is the nodes' own, and Etcd speaks to it; Options are what this node's member is opened with, if it is one.
+	Embedded bool
+	Etcd     Etcd
+	Options  func(State) etcd.Options
+	// Running: this node's member runs. It does not if it failed, or if the node is none.
+	Running func() bool
+	Look    time.Duration    // how often it looks although nothing changed; zero: 10 s
+	Now     func() time.Time // nil: time.Now
+	Log     *slog.Logger     // nil: dropped
+}
+
+// Keeper keeps a node in its cluster as the records want it. One goroutine.
+//
+//	record: voter, node.json: not    key fetched, place made, node.json, ErrRestart: the member starts
+//	member is a learner              promoted
+//	record: not, node.json: voter    member removed, node.json, ErrRestart: its directory goes
+//	record gone                      ErrRemoved
+//
+// The node whose member leads also removes members of nodes that are no voters (any more): those of dead nodes remove nothing themselves.
+type Keeper struct {
+	cfg   KeeperConfig
+	state State
+}
+
+// look is how often the keeper looks although nothing changed.
+const look = 10 * time.Second
+
+// NewKeeper returns a Keeper; Run makes it work.
+func NewKeeper(cfg KeeperConfig) *Keeper {
+	cfg.Now = orNow(cfg.Now)
+	if cfg.Look == 0 {
+		cfg.Look = look
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Keeper{cfg: cfg, state: cfg.State}
+}
+
+// Run works until ctx ends (its error), the node must be built anew (ErrRestart), or it was removed (ErrRemoved). That the catalogue or other nodes are away is no reason to end.
+func (k *Keeper) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	changed := make(chan struct{}, 1)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		_ = catalog.Follow(ctx, k.cfg.Catalog, func(b catalog.Batch) error {
+			if b.Reset || slices.ContainsFunc(b.Events, func(e catalog.Event) bool { return e.Key.Kind == catalog.KindNode && e.Key.Part == catalog.Wanted }) {
+				select {
+				case changed <- struct{}{}:
+				default:
+				}
+			}
+			return ctx.Err()
+		})
+	})
+	tick := time.NewTicker(k.cfg.Look)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		case <-tick.C:
+		}
+		err := k.step(ctx)
+		if errors.Is(err, ErrRestart) || errors.Is(err, ErrRemoved) {
+			return err
+		}
+		if err != nil && ctx.Err() == nil {
+			k.cfg.Log.Warn("cluster: not as it should be yet; trying again", "error", err)
+			tick.Reset(retry)
+		} else {
+			tick.Reset(k.cfg.Look)
+		}
+	}
+}
+
+// retry is the wait after a step failed.
+const retry = time.Second
+
+// step does what is to be done now.
+func (k *Keeper) step(ctx context.Context) error {
+	if err := k.renew(ctx); err != nil {
+		k.cfg.Log.Warn("the node's certificate is not renewed yet", "error", err)
+	}
+	me, _, err := catalog.Read[catalog.NodeWanted](ctx, k.cfg.Catalog, catalog.NodeKey(catalog.Wanted, k.state.Name))
+	switch {
+	case errors.Is(err, catalog.ErrNotFound), err == nil && me.ID != k.state.NodeID:
+		return fmt.Errorf("node %s (%s): %w", k.state.Name, k.state.NodeID, ErrRemoved)
+	case err != nil || !k.cfg.Embedded:
+		return err
+	}
+	members, err := k.cfg.Etcd.Members(ctx)
+	if err != nil {
+		return err
+	}
+	if err := k.keepMembers(members); err != nil {
+		return err
+	}
+	wanted := me.Voter && me.Deleted == nil
+	i := slices.IndexFunc(members, func(m etcd.MemberInfo) bool { return m.Name == k.state.Name })
+	switch {
+	case wanted && !k.state.Voter:
+		return k.become(ctx)
+	case wanted && i >= 0 && members[i].Learner && k.cfg.Running():
+		k.cfg.Log.Info("this node's member of the catalogue gets its vote when it has caught up")
+		if err := k.cfg.Etcd.Promote(ctx, k.state.Name); err != nil {
+			return err
+		}
+		k.cfg.Log.Info("this node is a voter")
+	case !wanted && k.state.Voter:
+		return k.resign(ctx)
+	}
+	if i >= 0 && members[i].Leader {
+		return k.tidy(ctx, members)
+	}
+	return nil
+}
+
+// keepMembers keeps etcd's members for the next start.
+func (k *Keeper) keepMembers(members []etcd.MemberInfo) error {
+	now := slices.DeleteFunc(fromEtcd(members), func(m Member) bool { return m.Name == "" })
+	if len(now) == 0 || slices.Equal(now, k.state.Members) {
+		return nil
+	}
+	k.state.Members = now
+	return k.cfg.Dir.Save(k.state)
+}
+
+// become makes this node a voter: the authority's key, a place among the members, node.json.
+func (k *Keeper) become(ctx context.Context) error {
+	if _, err := k.cfg.Dir.Authority(k.cfg.Now); errors.Is(err, fs.ErrNotExist) {
+		peers, err := Peers(ctx, k.cfg.Catalog, k.state.Name)
+		if err != nil {
+			return err
+		}
+		var a authorityAnswer
+		if err := askVoters(ctx, k.cfg.TLS, peers, "/node/v1/authority", struct{}{}, &a); err != nil {
+			return fmt.Errorf("fetch the authority's key: %w", err)
+		}
+		if err := k.cfg.Dir.put(caKeyFile, []byte(a.AuthorityKey), 0o600); err != nil {
+			return err
+		}
+	}
+	s := k.state
+	s.Voter = true
+	if err := etcd.Rejoin(ctx, k.cfg.Options(s)); err != nil {
+		return fmt.Errorf("make a place for this node's member of the catalogue: %w", err)
+	}
+	if err := k.cfg.Dir.Save(s); err != nil {
+		return err
+	}
+	return fmt.Errorf("it becomes a voter: %w", ErrRestart)
+}
+
+// resign ends this node's membership: the others forget its member, and the next start removes what it has of it.
+func (k *Keeper) resign(ctx context.Context) error {
+	if err := k.cfg.Etcd.RemoveMember(ctx, k.state.Name); err != nil {
+		return fmt.Errorf("give up this node's member of the catalogue: %w", err)
+	}
+	s := k.state
+	s.Voter = false
+	s.Members = slices.DeleteFunc(slices.Clone(s.Members), func(m Member) bool { return m.Name == s.Name })
+	if err := errors.Join(k.cfg.Dir.Save(s), k.cfg.Dir.remove(caKeyFile)); err != nil {
+		return err
+	}
+	return fmt.Errorf("it is no voter any more: %w", ErrRestart)
+}
+
+// tidy removes the members of nodes that are no voters (any more) and do not do it themselves. It never removes its own, nor the last.
+func (k *Keeper) tidy(ctx context.Context, members []etcd.MemberInfo) error {
+	nodes, _, err := catalog.All[catalog.NodeWanted](ctx, k.cfg.Catalog, catalog.KindNode, catalog.Wanted)
+	if err != nil {
+		return err
+	}
+	voter := map[string]bool{}
+	for _, n := range nodes {
+		voter[n.Key.Name] = n.Value.Voter && n.Value.Deleted == nil
+	}
+	for _, m := range members {
+		if m.Name == "" || m.Name == k.state.Name || voter[m.Name] {
+			continue
+		}
+		k.cfg.Log.Info("removing a member of the catalogue whose node is no voter", "node", m.Name)
+		if err := k.cfg.Etcd.RemoveMember(ctx, m.Name); err != nil {
+			return fmt.Errorf("remove the member of node %s: %w", m.Name, err)
+		}
+	}
+	return nil
+}
+
+// renew sees to the certificate: made anew when less than a third of its life is left, or when it does not name the node's host.
+func (k *Keeper) renew(ctx context.Context) error {
+	leaf, err := k.cfg.TLS.Leaf()
+	if err != nil || !stale(leaf.NotBefore, leaf.NotAfter, k.cfg.Now()) && names(leaf.DNSNames, leaf.IPAddresses, k.state.Host) {
+		return err
+	}
+	done, err := k.cfg.Dir.renewOwn(k.state, k.cfg.Now)
+	if done || err != nil {
+		return err
+	}
+	key, request, err := identity.NewNodeRequest()
+	if err != nil {
+		return err
+	}
+	peers, err := Peers(ctx, k.cfg.Catalog, k.state.Name)
+	if err != nil {
+		return err
+	}
+	var a renewAnswer
+	if err := askVoters(ctx, k.cfg.TLS, peers, "/node/v1/renew", renewRequest{Request: string(request), Host: k.state.Host}, &a); err != nil {
+		return err
+	}
+	return k.cfg.Dir.keepCertificate(key, []byte(a.Certificate))
+}
+
+// stale tells whether less than a third of a certificate's life is left.
+func stale(from, to, now time.Time) bool { return now.Add(to.Sub(from) / 3).After(to) }
+
+// names tells whether a host is among a certificate's names and addresses.
+func names(dns []string, ips []net.IP, host string) bool {
+	if ip := net.ParseIP(host); ip != nil {
+		return slices.ContainsFunc(ips, ip.Equal)
+	}
+	return slices.Contains(dns, host)
+}
+
+// renewOwn signs a new certificate with the authority's key, if this node has it.
+func (d Dir) renewOwn(s State, now func() time.Time) (done bool, err error) {
+	authority, err := d.Authority(now)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, d.certify(authority, s.Identity())
+}
+
+// Readdress changes where this node is reached: node.json, and its certificate if it has the authority's key (else the keeper has a new one signed when others are asked). The node is
+// then built anew, and tells the others. ErrNone, ErrAddress, and the errors of files.
+func Readdress(d Dir, address string) error {
+	s, err := d.Load()
+	if err != nil {
+		return err
+	}
+	old := s.Self()
+	if s.Host, s.Port, err = ParseAddress(address); err != nil {
+		return err
+	}
+	for i, m := range s.Members {
+		if m == old || m.Name == s.Name {
+			s.Members[i] = s.Self()
+		}
+	}
+	// The certificate first: it may name a host that the node does not have yet, but not lack one that it has.
+	if _, err := d.renewOwn(s, time.Now); err != nil {
+		return err
+	}
+	return d.Save(s)
+}

@@ -1,0 +1,454 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"ashlar/internal/agent"
+	"ashlar/internal/api"
+	"ashlar/internal/catalog"
+	"ashlar/internal/catalog/etcd"
+	"ashlar/internal/cluster"
+	"ashlar/internal/identity"
+)
+
+// This file is what a node is in its cluster: where it finds the catalogue, what it shows other nodes, and how it becomes another than it is.
+
+// ErrRestart is what Wait returns when the node is to be built anew: close it, and Start it again with the same Config. It is no failure, and guests do not notice.
+var ErrRestart = cluster.ErrRestart
+
+func (n *Node) dir() cluster.Dir { return cluster.Dir(filepath.Join(n.cfg.DataDir, "cluster")) }
+
+func (n *Node) authorityDir() string { return filepath.Join(n.cfg.DataDir, "identity") }
+
+// embedded tells whether the catalogue's etcd is the nodes' own.
+func (n *Node) embedded() bool { return len(n.cfg.Etcd) == 0 }
+
+// loadCluster reads who this node is; state stays nil in a cluster of one.
+func (n *Node) loadCluster() error {
+	s, err := n.dir().Load()
+	if errors.Is(err, cluster.ErrNone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if s.Name != n.cfg.Name {
+		return fmt.Errorf("%w: this node is called %s in its cluster, and the configuration calls it %s; a name never changes", ErrConfig, s.Name, n.cfg.Name)
+	}
+	n.state = &s
+	n.tls, err = n.dir().TLS(func(err error) {
+		if err != nil {
+			n.cfg.Log.Error("the node's certificate changed and cannot be used; the old one stays", "error", err)
+		} else {
+			n.cfg.Log.Info("the node shows its new certificate")
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("the node's identity: %w", err)
+	}
+	return nil
+}
+
+// settle finishes what joining and leaving the voters began, before anything runs.
+func (n *Node) settle(ctx context.Context) error {
+	if n.state == nil {
+		return nil
+	}
+	if n.state.Discard != nil {
+		if err := n.discard(ctx); err != nil {
+			return err
+		}
+	}
+	if n.embedded() && !n.state.Voter {
+		// What a member left that the others have forgotten is of no use, and must never be opened again.
+		return os.RemoveAll(n.catalogueDir())
+	}
+	return nil
+}
+
+// clusterOptions are how the catalogue is opened by a node that is in a cluster.
+func (n *Node) clusterOptions(s cluster.State) etcd.Options {
+	f := n.dir().Files()
+	files := etcd.Files{Cert: f.CertFile, Key: f.KeyFile, CA: f.CAFile}
+	if !s.Voter {
+		return etcd.Options{Endpoints: s.Endpoints(), Sync: true, Files: files, Log: n.cfg.Log}
+	}
+	self := s.Self()
+	m := &etcd.Member{
+		Name: s.Name, PeerListen: cluster.Address(s.Host, s.Port, catalog.PortEtcdPeer), ClientListen: cluster.Address(s.Host, s.Port, catalog.PortEtcdClient),
+		PeerURL: self.PeerURL, ClientURL: self.ClientURL, Files: files,
+	}
+	for _, x := range s.Members {
+		m.Members = append(m.Members, etcd.Peer{Name: x.Name, PeerURL: x.PeerURL, ClientURL: x.ClientURL})
+	}
+	return etcd.Options{Dir: n.catalogueDir(), Member: m, Log: n.cfg.Log}
+}
+
+// The waits between tries to open the catalogue, and of the whole node when its own member cannot run.
+const (
+	openRetry   = 2 * time.Second
+	memberRetry = time.Minute
+)
+
+// openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked.
+func (n *Node) openLate(ctx context.Context, l *late) error {
+	options := n.options()
+	n.cfg.Log.Info("opening the catalogue", "voter", n.state.Voter, "members", strings.Join(n.state.Endpoints(), " "))
+	for {
+		s, err := etcd.Open(ctx, options)
+		if err == nil {
+			n.cfg.Log.Info("the catalogue answers")
+			if err := l.set(s); err != nil {
+				return err
+			}
+			return n.watchMember(ctx, s)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		l.waits(fmt.Errorf("too few of the cluster's voters answer (%s): %w", strings.Join(n.state.Endpoints(), " "), err))
+		n.cfg.Log.Warn("the catalogue cannot be opened yet; trying again", "error", err)
+		if others := n.others(); options.Member != nil && len(others.Endpoints()) > 0 && !errors.Is(err, catalog.ErrUnreachable) {
+			n.member.Store(&memberNote{text: "failed: " + err.Error(), failed: true})
+			n.cfg.Log.Error("this node's member of the catalogue cannot run; going on through the others", "error", err)
+			if errors.Is(err, etcd.ErrRemoved) || errors.Is(err, etcd.ErrEmptied) {
+				// The keeper makes a new place for it, if the node is to have one.
+				n.state.Voter = false
+				n.member.Store(&memberNote{text: "client"})
+			}
+			options = n.clusterOptions(others)
+		}
+		if !wait(ctx, openRetry) {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// others is this node as one that asks the other voters.
+func (n *Node) others() cluster.State {
+	s := *n.state
+	s.Voter = false
+	s.Members = nil
+	for _, m := range n.state.Members {
+		if m.Name != s.Name {
+			s.Members = append(s.Members, m)
+		}
+	}
+	return s
+}
+
+// options are how the catalogue is opened.
+func (n *Node) options() etcd.Options {
+	switch {
+	case !n.embedded():
+		return etcd.Options{Endpoints: n.cfg.Etcd, Files: n.cfg.EtcdFiles, Log: n.cfg.Log}
+	case n.state != nil:
+		return n.clusterOptions(*n.state)
+	}
+	return etcd.Options{Dir: n.catalogueDir(), Log: n.cfg.Log}
+}
+
+// memberNote is what the agent reports of this node's member.
+type memberNote struct {
+	text   string
+	failed bool // it is to be tried again
+}
+
+// watchMember notes how this node's member is. When it stops by itself the store goes on through the others; after a while the node is built anew, to try again.
+func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
+	note := n.member.Load()
+	failed := note != nil && note.failed
+	n.store.Store(s)
+	if !failed {
+		if ended := s.MemberFailed(); ended != nil {
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case <-ended:
+			}
+			state, err := s.MemberState()
+			n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", err)
+			failed = true
+		}
+	}
+	if !failed {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	if !wait(ctx, memberRetry) {
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("to try again with this node's member of the catalogue: %w", ErrRestart)
+}
+
+// memberState is what the agent says of this node's member.
+func (n *Node) memberState() string {
+	if m := n.member.Load(); m != nil {
+		return m.text
+	}
+	s := n.store.Load()
+	if s == nil || !n.embedded() {
+		return ""
+	}
+	switch state, err := s.MemberState(); {
+	case state == etcd.StateNone:
+		return "client"
+	case err != nil:
+		return string(state) + ": " + err.Error()
+	default:
+		return string(state)
+	}
+}
+
+// memberRuns tells whether this node's member runs.
+func (n *Node) memberRuns() bool {
+	s := n.store.Load()
+	if s == nil {
+		return false
+	}
+	state, _ := s.MemberState()
+	return state == etcd.StateVoter || state == etcd.StateLearner
+}
+
+// wait waits; false if ctx ended first.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// startCluster runs what a node of a cluster has beside the others: the node port and the keeper.
+func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest http.Handler) {
+	server := cluster.NewServer(cluster.ServerConfig{
+		Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Ledger: ledger.Ledger(),
+		REST: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { rest.ServeHTTP(w, api.FromNode(r)) }), Log: n.cfg.Log,
+	})
+	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
+	n.loop("cluster", func(ctx context.Context) error {
+		if _, err := l.opened(ctx); err != nil {
+			return err
+		}
+		keeper := cluster.NewKeeper(cluster.KeeperConfig{
+			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Options: n.clusterOptions, Running: n.memberRuns, Log: n.cfg.Log,
+		})
+		err := keeper.Run(ctx)
+		if errors.Is(err, cluster.ErrRemoved) {
+			err = fmt.Errorf("%w; to use this machine again, move %s away and start with an empty disk", err, n.cfg.DataDir)
+		}
+		return err
+	})
+}
+
+// hold keeps the record that says that this node lives.
+func (n *Node) hold(ctx context.Context, c catalog.Catalog) error {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return err
+	}
+	alive := catalog.Alive{Node: n.cfg.Name, BootID: strings.TrimSpace(string(boot)), Version: n.cfg.Version}
+	if n.state != nil {
+		alive.NodeID = n.state.NodeID
+	}
+	for {
+		alive.Since = time.Now().UTC()
+		value, err := json.Marshal(alive)
+		if err != nil {
+			return err
+		}
+		err = c.Hold(ctx, catalog.Holding{Key: catalog.AliveKey(n.cfg.Name), Value: value, TTL: catalog.AliveTTL}, func(catalog.Rev) {})
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n.cfg.Log.Debug("this node is not recorded as alive; trying again", "error", err)
+		if !wait(ctx, holdRetry) {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// holdRetry is the wait before a lease that was lost is asked for again.
+const holdRetry = 250 * time.Millisecond
+
+// clusterFiles is what the agent tells the data process, and others.
+func (n *Node) clusterFiles() *agent.ClusterFiles {
+	if n.state == nil {
+		return nil
+	}
+	f := n.dir().Files()
+	return &agent.ClusterFiles{
+		ClusterID: n.state.ClusterID, NodeID: n.state.NodeID, Host: n.state.Host, Port: n.state.Port, CertFile: f.CertFile, KeyFile: f.KeyFile, CAFile: f.CAFile,
+	}
+}
+
+// forward passes requests on to another node's node port.
+func (n *Node) forward(c catalog.Catalog) func(context.Context, string) (http.Handler, error) {
+	if n.state == nil {
+		return nil
+	}
+	return func(ctx context.Context, node string) (http.Handler, error) {
+		p, err := cluster.PeerOf(ctx, c, node)
+		if err != nil {
+			return nil, err
+		}
+		return api.PassTo(&url.URL{Scheme: "https", Host: p.Address}, cluster.Transport(n.tls, p)), nil
+	}
+}
+
+// membership implements api.Cluster for a node.
+type membership struct {
+	n       *Node
+	catalog catalog.Catalog
+}
+
+var _ api.Cluster = membership{}
+
+// Describe implements api.Cluster.
+func (m membership) Describe(ctx context.Context) (api.ClusterState, error) {
+	c, _, err := catalog.Read[catalog.Cluster](ctx, m.catalog, catalog.ClusterKey())
+	if err != nil {
+		return api.ClusterState{}, err
+	}
+	s := api.ClusterState{ID: c.ID, Node: m.n.cfg.Name}
+	if st := m.n.state; st != nil {
+		s.NodeID, s.Address, s.Fingerprint = st.NodeID, cluster.Address(st.Host, st.Port, 0), identity.Fingerprint(m.n.tls.Authority())
+	}
+	return s, nil
+}
+
+// Init implements api.Cluster.
+func (m membership) Init(ctx context.Context, address string) error {
+	host, port, err := cluster.ParseAddress(address)
+	if err != nil {
+		return err
+	}
+	_, err = cluster.Init(ctx, cluster.InitConfig{
+		Dir: m.n.dir(), Authority: m.n.authorityDir(), Catalog: m.catalog, Name: m.n.cfg.Name, Host: host, Port: port, External: !m.n.embedded(),
+	})
+	return m.anew(err)
+}
+
+// anew has the node built anew if a change went well.
+func (m membership) anew(err error) error {
+	if err == nil {
+		m.n.cancel(ErrRestart)
+	}
+	return err
+}
+
+// Join implements api.Cluster.
+func (m membership) Join(ctx context.Context, to, token, address string) error {
+	host, port, err := cluster.ParseAddress(address)
+	if err != nil {
+		return err
+	}
+	cfg := cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: m.n.cfg.Name, Host: host, Port: port}
+	if m.n.state == nil && m.n.embedded() {
+		own, _, err := catalog.Read[catalog.Cluster](ctx, m.catalog, catalog.ClusterKey())
+		if err != nil {
+			return err
+		}
+		node, _, err := catalog.Read[catalog.NodeWanted](ctx, m.catalog, catalog.NodeKey(catalog.Wanted, m.n.cfg.Name))
+		if err != nil {
+			return err
+		}
+		if err := m.nothingHere(ctx); err != nil {
+			return err
+		}
+		cfg.OwnID, cfg.Disks, cfg.Zone = own.ID, node.Disks, node.Zone
+	}
+	_, err = cluster.Join(ctx, cfg)
+	return m.anew(err)
+}
+
+// nothingHere refuses to give up a cluster of one in which there is something: cluster.ErrRemains, with what.
+func (m membership) nothingHere(ctx context.Context) error {
+	var there []string
+	for kind, word := range map[catalog.Kind]string{catalog.KindVolume: "volume ", catalog.KindImage: "image "} {
+		entries, _, err := m.catalog.List(ctx, kind)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if e.Key.Part == catalog.Wanted {
+				there = append(there, word+e.Key.Name)
+			}
+		}
+	}
+	data, err := m.n.awaitData(ctx, startPatience)
+	if err != nil {
+		return err
+	}
+	st, err := data.State(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range st.Disks {
+		for _, r := range d.Replicas {
+			there = append(there, "replica "+r.ReplicaID+" in "+d.Path)
+		}
+		for _, i := range d.Images {
+			there = append(there, "image "+i.ImageID+" in "+d.Path)
+		}
+		if d.Error != "" {
+			there = append(there, "a disk that cannot be read: "+d.Path)
+		}
+	}
+	if len(there) == 0 {
+		return nil
+	}
+	const shown = 5
+	text := strings.Join(there[:min(len(there), shown)], ", ")
+	if more := len(there) - shown; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	return fmt.Errorf("%w that would be lost by joining: %s; delete it, or join with an empty data directory", cluster.ErrRemains, text)
+}
+
+// Readdress implements api.Cluster.
+func (m membership) Readdress(_ context.Context, address string) error {
+	return m.anew(cluster.Readdress(m.n.dir(), address))
+}
+
+// Token implements api.Cluster.
+func (m membership) Token(ctx context.Context, life time.Duration) (string, catalog.Join, error) {
+	if m.n.state == nil {
+		return "", catalog.Join{}, fmt.Errorf("%w yet: `ashlar cluster init --address HOST[:PORT]` opens one", cluster.ErrNone)
+	}
+	return cluster.MakeToken(ctx, m.catalog, m.n.dir(), life)
+}
+
+// Readdress changes where a node whose serve does not run is reached; ErrInUse if it runs (ask it instead), cluster's errors.
+func Readdress(ctx context.Context, cfg Config, address string) (err error) {
+	if cfg.Name == "" {
+		cfg.Name = "node" // it is not asked for
+	}
+	if err := cfg.check(); err != nil {
+		return err
+	}
+	n := &Node{cfg: cfg}
+	n.ctx, n.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	defer func() { err = errors.Join(err, n.Close()) }()
+	if _, err := os.Stat(n.dir().Path("node.json")); errors.Is(err, fs.ErrNotExist) {
+		return cluster.ErrNone
+	}
+	if err := n.lock(); err != nil {
+		return err
+	}
+	return cluster.Readdress(n.dir(), address)
+}
