@@ -91,7 +91,7 @@ func (p *Process) closeBlockdevs(ctx context.Context) error {
 		if err := s.take(ctx); err != nil {
 			return err
 		}
-		err := p.closedAllTheSame(p.closeSlot(ctx, s))
+		err := p.closedAllTheSame(p.closeSlot(ctx, s, closeForced))
 		s.give()
 		if errors.Is(err, blockdev.ErrBusy) {
 			return err

@@ -31,6 +31,9 @@ func (p *Process) check(ctx context.Context, a client.Check) (out client.Problem
 		}
 		defer s.give()
 		args, state, _ := s.look()
+		if isFar(args) {
+			return out, fmt.Errorf("volume %s: %w: replica %s is on node %s: ask there, by disk and replica", args.Volume, client.ErrInvalid, args.ReplicaID, args.ReplicaNode)
+		}
 		a.DiskID, a.ReplicaID, open = args.DiskID, args.ReplicaID, state == stateOpen
 	}
 	if !validID(a.ReplicaID) {
@@ -45,6 +48,7 @@ func (p *Process) check(ctx context.Context, a client.Check) (out client.Problem
 		return out, err
 	}
 	f := local.Look(d.fs, dir)
+	open = open || p.open.look(a.ReplicaID) != nil // by another node
 	found := []client.Problem{}
 	if open && len(f.Chain.Layers) > 0 {
 		out.LeftOut = []string{fmt.Sprintf("the head, %s: it changes while the volume is open, and was checked when it was opened; detach the volume to have it checked too", f.Chain.Layers[0])}

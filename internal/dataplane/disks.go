@@ -388,7 +388,7 @@ func (d *diskDir) away() error {
 func (p *Process) dropDisk(d *diskDir) error {
 	for _, s := range p.slots() {
 		s.mu.Lock()
-		open, name := s.vol != nil && s.args.DiskID == d.DiskID, s.args.Volume
+		open, name := s.vol != nil && s.args.DiskID == d.DiskID && !isFar(s.args), s.args.Volume
 		s.mu.Unlock()
 		if open {
 			return fmt.Errorf("volume %s is open on it; detach it first: %w", name, client.ErrInUse)
@@ -397,6 +397,9 @@ func (p *Process) dropDisk(d *diskDir) error {
 	p.mu.Lock()
 	delete(p.diskByID, d.DiskID)
 	p.mu.Unlock()
+	for _, id := range p.open.on(d) { // other nodes' volumes wait for what comes back
+		p.cluster.drop(id)
+	}
 	p.board.bump()
 	p.log.Warn("disk is away", "path", d.path, "disk", d.DiskID)
 	if err := d.close(); err != nil {

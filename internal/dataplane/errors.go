@@ -16,6 +16,7 @@ import (
 	"ashlar/internal/layer"
 	"ashlar/internal/replica"
 	"ashlar/internal/replica/local"
+	"ashlar/internal/replica/remote"
 	"ashlar/internal/volume"
 )
 
@@ -27,6 +28,11 @@ func wireErrors() []struct{ from, to error } {
 		{volume.ErrStaleCatalogue, client.ErrStaleCatalogue},
 		{replica.ErrStale, client.ErrStaleCatalogue},
 		{volume.ErrUnreachable, client.ErrUnreachable},
+		{remote.ErrAway, client.ErrUnreachable},
+		{remote.ErrUnknown, client.ErrNotFound},
+		{remote.ErrBusy, client.ErrInUse},
+		{remote.ErrVersion, client.ErrVersion},
+		{errNoPeer, client.ErrUnreachable},
 		{volume.ErrNoRecord, client.ErrNotFound},
 		{replica.ErrNotBelow, client.ErrInvalid},
 		{replica.ErrPruned, client.ErrNotFound},
@@ -39,6 +45,7 @@ func wireErrors() []struct{ from, to error } {
 		{volume.ErrPending, client.ErrConflict},
 		{volume.ErrStaleReplica, client.ErrFailed},
 		{volume.ErrNoMember, client.ErrFailed},
+		{replica.ErrRestarted, client.ErrFailed},
 		{replica.ErrNoSnapshot, client.ErrNotFound},
 		{replica.ErrChain, client.ErrCorrupt},
 		{layer.ErrVersion, client.ErrVersion},

@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"ashlar/internal/block/limit"
+	"ashlar/internal/block"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/export"
@@ -33,6 +33,7 @@ const (
 	heldControl = "control/"
 	heldNBD     = "nbd/"
 	heldTCP     = "nbd-tcp"
+	heldCluster = "cluster-tcp"
 )
 
 // heldListeners keeps listening sockets with the holder.
@@ -109,8 +110,14 @@ func socketAccess(group string) (export.Access, error) {
 	return export.Access{GroupID: int(gid)}, nil
 }
 
+// servedDevice is what frontends serve: a Device that says whether the next request may be held back.
+type servedDevice interface {
+	block.Device
+	MayWait() bool
+}
+
 // enable exports a volume's device.
-func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev *limit.Device) (err error) {
+func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev servedDevice) (err error) {
 	switch a.Frontend {
 	case frontendNBD:
 		_, err = p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait})
@@ -142,7 +149,7 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 	if err != nil {
 		return err
 	}
-	wanted := map[string]bool{heldControl + p.cfg.Version: true, heldTCP: f.Network.Address != ""}
+	wanted := map[string]bool{heldControl + p.cfg.Version: true, heldTCP: f.Network.Address != "", heldCluster: f.Cluster.Listen != ""}
 	for _, e := range f.Volumes {
 		if e.Open.Frontend == frontendNBD {
 			wanted[heldNBD+e.Open.Volume] = true
@@ -161,7 +168,7 @@ func (p *Process) sweepListeners(ctx context.Context, f openFile) error {
 			err = p.nbd.Remove(ctx, v)
 		} else if strings.HasPrefix(n, heldFUSE) {
 			err = p.sweepBlockdev(ctx, n)
-		} else if n == heldTCP {
+		} else if n == heldTCP || n == heldCluster {
 			err = p.listeners.Forget(ctx, n)
 		} // whoever put anything else there knows
 		if err != nil {

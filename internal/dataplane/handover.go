@@ -382,6 +382,7 @@ func (g *giver) run(ctx context.Context) (string, error) {
 	if err := g.begin(); err != nil {
 		return EventRefused, err
 	}
+	g.p.stopCluster() // the locks of replicas that other nodes have open are free from here on; their volumes wait for whoever serves them next
 	err := g.giveAll(ctx)
 	if err == nil {
 		if err = g.to.send(frame{Kind: kindCommit}); err == nil {
@@ -465,6 +466,9 @@ func (g *giver) takeBack(ctx context.Context, why error) (string, error) {
 		}
 		g.to.close()
 		g.p.awaitDeath(g.to)
+	}
+	if err := g.p.resumeCluster(ctx); err != nil {
+		g.p.log.Error("other nodes are not served", "error", err)
 	}
 	for _, v := range g.given {
 		switch {

@@ -129,7 +129,7 @@ func (p *Process) prepare(ctx context.Context, s *slot) {
 	if a.Frontend == frontendNBD {
 		p.nbd.Quiesce(ctx, a.Volume)
 	}
-	if vol == nil {
+	if vol == nil || isFar(a) { // a replica that stays open where it is has nothing to make durable for this
 		return
 	}
 	if err := vol.Device().Flush(); errors.Is(err, block.ErrFailed) {
@@ -147,16 +147,23 @@ func (p *Process) letGoOf(ctx context.Context, s *slot) (*passedVolume, error) {
 	s.mu.Unlock()
 	var lockErr error
 	if vol != nil {
-		out.lock, lockErr = rep.Lock()
+		out.lock, lockErr = rep.lock()
 	}
 	s.liftLimits()
 	out.conns = p.detachFronts(ctx, out.entry.Open)
 	err := lockErr
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
+	ctx, cancelFar := rep.patient(ctx, farLastPatience)
+	defer cancelFar()
 	s.change(func(s *slot) { s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateGiven })
 	if vol != nil {
-		err = errors.Join(err, vol.HandOver(ctx), rep.Close())
+		endErr := vol.HandOver(ctx)
+		if endErr != nil && rep.far != nil { // requests that waited for its node are asked again, by clients whose connections were cut
+			p.log.Warn("a volume is handed over without its replica's node", "volume", out.entry.Open.Volume, "error", endErr)
+			endErr = nil
+		}
+		err = errors.Join(err, endErr, rep.close())
 	}
 	// A failure that was noted meanwhile goes along.
 	s.mu.Lock()
@@ -180,6 +187,9 @@ func (p *Process) takeInto(ctx context.Context, s *slot, v *passedVolume) (repli
 		if left := s.inherited(); left != nil {
 			err = errors.Join(err, left.Close())
 		}
+		if isFar(e.Open) && isAway(err) {
+			return p.takeLater(s, v, err), nil
+		}
 		if err != nil {
 			return replica.Writer{}, err
 		}
@@ -190,6 +200,20 @@ func (p *Process) takeInto(ctx context.Context, s *slot, v *passedVolume) (repli
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return replica.Writer{Epoch: s.entry.Epoch, Session: s.entry.Session}, nil
+}
+
+// takeLater takes a volume whose replica's node is away: it is opened when that answers, as after a death of the giver; its clients connect again, and wait.
+func (p *Process) takeLater(s *slot, v *passedVolume, why error) replica.Writer {
+	v.drop()
+	e := v.entry
+	e.Open.Salvage = false
+	s.change(func(s *slot) { s.err = why })
+	p.wg.Go(func() {
+		if s.take(p.life) == nil {
+			p.reopenSlot(s, e)
+		}
+	})
+	return replica.Writer{Epoch: e.Epoch, Session: e.Session}
 }
 
 // inherited returns the replica's lock that was passed, once.

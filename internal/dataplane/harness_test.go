@@ -112,7 +112,8 @@ type catalogue struct {
 	mu      sync.Mutex // guards the rest
 	records map[string]client.MembershipEntry
 	stop    func()
-	onRead  func() // may be nil
+	onRead  func()     // may be nil
+	of      *catalogue // another node's, whose records these are; may be nil
 }
 
 func newCatalogue(t testing.TB, runDir string) *catalogue {
@@ -123,6 +124,9 @@ func newCatalogue(t testing.TB, runDir string) *catalogue {
 }
 
 func (c *catalogue) Read(_ context.Context, volumeID string) (client.MembershipEntry, error) {
+	if c.of != nil {
+		return c.of.Read(context.Background(), volumeID)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.onRead != nil {
@@ -136,6 +140,9 @@ func (c *catalogue) Read(_ context.Context, volumeID string) (client.MembershipE
 }
 
 func (c *catalogue) Swap(_ context.Context, a client.MembershipSwap) (int64, error) {
+	if c.of != nil {
+		return c.of.Swap(context.Background(), a)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.records[a.VolumeID].Rev != a.Was {
@@ -210,6 +217,7 @@ type bed struct {
 	holder *memHolder
 	cfg    Config
 	diskID string
+	node   string // its name; testNode by default
 	log    *bytes.Buffer
 	logMu  sync.Mutex
 

@@ -4,15 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"strconv"
 	"sync"
 	"syscall"
-	"time"
 
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
@@ -143,130 +140,24 @@ func networkTLS(a client.Network) (*tls.Config, error) {
 	if a.CertFile == "" {
 		return nil, nil
 	}
-	c := &certificates{files: a}
-	if err := c.read(); err != nil {
+	c := &certificates{cert: a.CertFile, key: a.KeyFile, authority: a.ClientCA, make: func(pair tls.Certificate, authorities *x509.CertPool) *tls.Config {
+		config := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
+		if authorities != nil {
+			config.ClientAuth, config.ClientCAs = tls.RequireAndVerifyClientCert, authorities
+		}
+		return config
+	}}
+	config, err := c.config()
+	if err != nil {
 		return nil, fmt.Errorf("address %s: %w: %w", a.Address, client.ErrInvalid, err)
 	}
-	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: c.forClient, Certificates: c.now.Certificates}, nil
+	return &tls.Config{MinVersion: tls.VersionTLS12, Certificates: config.Certificates, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return c.config() }}, nil
 }
 
 // isLoopback tells of hosts that only this machine reaches, by number or by the one name that always means that.
 func isLoopback(host string) bool {
 	ip := net.ParseIP(host)
 	return host == "localhost" || ip != nil && ip.IsLoopback()
-}
-
-// certificates are files of PEM, read again when they change. A new set that makes no sense is not used: the old one goes on.
-type certificates struct {
-	files client.Network
-
-	mu    sync.Mutex // guards the rest
-	now   *tls.Config
-	stamp [3]stamp
-}
-
-// stamp tells one content of a file from the next: whoever replaces it makes a new inode or a new time.
-type stamp struct {
-	inode uint64
-	size  int64
-	mtime time.Time
-}
-
-func stampOf(path string) (stamp, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return stamp{}, err
-	}
-	s := stamp{size: info.Size(), mtime: info.ModTime()}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok {
-		s.inode = st.Ino
-	}
-	return s, nil
-}
-
-// forClient is tls.Config.GetConfigForClient: what the files say now.
-func (c *certificates) forClient(*tls.ClientHelloInfo) (*tls.Config, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i, path := range []string{c.files.CertFile, c.files.KeyFile, c.files.ClientCA} {
-		if path == "" {
-			continue
-		}
-		if now, err := stampOf(path); err == nil && now != c.stamp[i] {
-			if err := c.readLocked(); err != nil {
-				break // half written, perhaps: the next client looks again
-			}
-		}
-	}
-	return c.now, nil
-}
-
-func (c *certificates) read() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.readLocked()
-}
-
-func (c *certificates) readLocked() error {
-	var stamps [3]stamp
-	for i, path := range []string{c.files.CertFile, c.files.KeyFile, c.files.ClientCA} {
-		if path == "" {
-			continue
-		}
-		var err error
-		if stamps[i], err = stampOf(path); err != nil {
-			return err
-		}
-	}
-	pair, err := tls.LoadX509KeyPair(c.files.CertFile, c.files.KeyFile)
-	if err != nil {
-		return fmt.Errorf("certificate %s and key %s: %w", c.files.CertFile, c.files.KeyFile, err)
-	}
-	now := time.Now()
-	if leaf := pair.Leaf; leaf != nil && (now.After(leaf.NotAfter) || now.Before(leaf.NotBefore)) {
-		return fmt.Errorf("certificate %s: %w: it is valid from %s to %s", c.files.CertFile, errNotValid, leaf.NotBefore.Format(time.RFC3339), leaf.NotAfter.Format(time.RFC3339))
-	}
-	next := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{pair}}
-	if c.files.ClientCA != "" {
-		next.ClientAuth = tls.RequireAndVerifyClientCert
-		if next.ClientCAs, err = readAuthorities(c.files.ClientCA, now); err != nil {
-			return err
-		}
-	}
-	c.now, c.stamp = next, stamps
-	return nil
-}
-
-// errNotValid: a certificate's time has not come, or is over.
-var errNotValid = errors.New("not valid now")
-
-// readAuthorities reads the authorities whose clients get in.
-func readAuthorities(path string, now time.Time) (*x509.CertPool, error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("client authority: %w", err)
-	}
-	pool := x509.NewCertPool()
-	valid := false
-	for rest := text; ; {
-		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			break
-		}
-		if block.Type != "CERTIFICATE" {
-			continue
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("client authority %s: %w", path, err)
-		}
-		pool.AddCert(cert)
-		valid = valid || now.After(cert.NotBefore) && now.Before(cert.NotAfter)
-	}
-	if !valid { // nobody would get in
-		return nil, fmt.Errorf("client authority %s: %w: it holds no certificate, or none whose time it is", path, errNotValid)
-	}
-	return pool, nil
 }
 
 // listenTCP returns a listener at a TCP address: the one kept under name if it listens there, else a new one, which is kept from then on.

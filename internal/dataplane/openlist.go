@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"sync"
 
@@ -38,6 +39,7 @@ type openFile struct {
 	Volumes map[string]openEntry `json:"volumes"` // by volume id
 	Salvage map[string]string    `json:"salvage"` // detached after a flush failed: volume id -> why
 	Network client.Network       `json:"network,omitzero"`
+	Cluster client.Cluster       `json:"cluster,omitzero"`
 }
 
 // openList is open.json: what this process, killed and started again on the same boot, opens by itself. Each change is durable (file and name
@@ -207,8 +209,9 @@ func dupFile(fd uintptr, name string) (*os.File, error) {
 }
 
 func (f openFile) clone() openFile {
-	c := openFile{Format: f.Format, BootID: f.BootID, Network: f.Network, Volumes: map[string]openEntry{}, Salvage: map[string]string{}}
+	c := openFile{Format: f.Format, BootID: f.BootID, Network: f.Network, Cluster: f.Cluster, Volumes: map[string]openEntry{}, Salvage: map[string]string{}}
 	c.Disks = append(c.Disks, f.Disks...)
+	c.Cluster.Peers = slices.Clone(f.Cluster.Peers)
 	for id, e := range f.Volumes {
 		c.Volumes[id] = e
 	}
@@ -257,6 +260,11 @@ func (l *openList) useDisk(d client.Disk) error {
 // setNetwork records what is offered over TCP.
 func (l *openList) setNetwork(a client.Network) error {
 	return l.change(func(f *openFile) { f.Network = a })
+}
+
+// setCluster records what this process was told of its cluster.
+func (l *openList) setCluster(a client.Cluster) error {
+	return l.change(func(f *openFile) { f.Cluster = a })
 }
 
 // put records a volume about to be opened, or what its open came to.

@@ -36,6 +36,11 @@ func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeS
 	if err := p.operate(ctx, s, a); err != nil {
 		return client.VolumeStatus{}, forWire(err)
 	}
+	if s.rep != nil && s.rep.far != nil {
+		ask, cancel := context.WithTimeout(ctx, farAskPatience)
+		p.lookFar(ask, s, s.vol)
+		cancel()
+	}
 	p.board.bump()
 	p.measureSoon()
 	return p.volumeStatus(ctx, s, p.nbd.Stats()), nil

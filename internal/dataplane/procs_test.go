@@ -367,7 +367,7 @@ func TestShutdownOfProcesses(t *testing.T) {
 	if err := c.Shutdown(t.Context(), client.Shutdown{Holder: true}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "both are gone", func() bool { return !running(h) && !running(d) })
+	eventually(t, "both are gone", func() bool { return !lives(h) && !lives(d) })
 	if _, err := hold.Dial(t.Context(), childConfig(b.runDir, testVersion).hold()); err == nil {
 		t.Error("a holder runs")
 	}
@@ -376,8 +376,8 @@ func TestShutdownOfProcesses(t *testing.T) {
 	}
 }
 
-// running tells whether a process is there and no zombie.
-func running(pid int) bool {
+// lives tells whether a process is there and no zombie.
+func lives(pid int) bool {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return false

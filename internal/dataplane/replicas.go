@@ -171,6 +171,27 @@ func (d *diskDir) status(open []client.VolumeStatus) client.DiskStatus {
 	return st
 }
 
+// diskStatus describes a disk; open are the volumes that are.
+func (p *Process) diskStatus(d *diskDir, open []client.VolumeStatus) client.DiskStatus {
+	st := d.status(open)
+	for i := range st.Replicas {
+		r := &st.Replicas[i]
+		rep := p.open.look(r.ReplicaID)
+		if rep == nil || r.Open {
+			continue
+		}
+		now, err := rep.Status() // other nodes have it open
+		if err != nil {
+			continue // it is being closed
+		}
+		r.Open, r.SizeBytes, r.AllocatedBytes = true, now.Chain.SizeBytes, 0
+		for _, l := range now.Layers {
+			r.AllocatedBytes += l.AllocatedBytes
+		}
+	}
+	return st
+}
+
 // image returns what is known of an image on the disk.
 func (d *diskDir) image(id string) (client.ImageFound, bool) {
 	d.mu.Lock()
@@ -259,15 +280,17 @@ func (p *Process) createReplica(a client.CreateReplica) error {
 }
 
 // DeleteReplica implements client.Service.
-func (p *Process) DeleteReplica(_ context.Context, a client.DeleteReplica) error {
-	if err := p.deleteReplica(a); err != nil {
+func (p *Process) DeleteReplica(ctx context.Context, a client.DeleteReplica) error {
+	ctx, cancel := p.work(ctx)
+	defer cancel()
+	if err := p.deleteReplica(ctx, a); err != nil {
 		return forWire(fmt.Errorf("delete replica %s: %w", a.ReplicaID, err))
 	}
 	p.board.bump()
 	return nil
 }
 
-func (p *Process) deleteReplica(a client.DeleteReplica) error {
+func (p *Process) deleteReplica(ctx context.Context, a client.DeleteReplica) error {
 	if !validID(a.ReplicaID) {
 		return fmt.Errorf("%w: ids are 32 hex digits", client.ErrInvalid)
 	}
@@ -276,10 +299,16 @@ func (p *Process) deleteReplica(a client.DeleteReplica) error {
 		return err
 	}
 	for _, s := range p.slots() {
-		if args, state, _ := s.look(); args.ReplicaID == a.ReplicaID && state != "" {
+		if args, state, _ := s.look(); args.ReplicaID == a.ReplicaID && state != "" && !isFar(args) {
 			return fmt.Errorf("%w: volume %s has it %s", client.ErrInUse, args.Volume, state)
 		}
 	}
+	// What only other nodes have open is taken from them: whoever asks knows that no record names it any more (invariant 15).
+	free, err := p.seize(ctx, a.ReplicaID)
+	if err != nil {
+		return err
+	}
+	defer free()
 	d.change.Lock()
 	defer d.change.Unlock()
 	dir, err := local.Find(d.fs, a.ReplicaID)

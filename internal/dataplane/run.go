@@ -158,6 +158,8 @@ type Process struct {
 
 	background *limit.Rate // what the node does for itself, all of it together
 	network    network
+	cluster    cluster
+	open       openReplicas
 	sources    *sources
 	measure    chan struct{} // capacity 1: somebody wants spaces measured
 
@@ -190,8 +192,7 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	}
 	now := time.Now()
 	p := &Process{cfg: cfg, log: cfg.Log, boot: cfg.BootID, started: now, holder: h, list: list, board: newBoard(now),
-		ledger: wireLedger{to: client.NewLedgerClient(client.LedgerSocket(cfg.RunDir))},
-		asked:  make(chan client.Shutdown, 1), background: limit.NewRate(limit.Limits{}), measure: make(chan struct{}, 1),
+		asked: make(chan client.Shutdown, 1), background: limit.NewRate(limit.Limits{}), measure: make(chan struct{}, 1),
 		diskByID: map[string]*diskDir{}, slotByID: map[string]*slot{}, jobByID: map[string]*importJob{}}
 	p.listeners = heldListeners{holder: h, report: func(name string, err error) {
 		cfg.Log.Warn("a kept socket cannot be used; clients connect to a new one", "name", name, "error", err)
@@ -205,6 +206,8 @@ func newProcess(cfg Config, h holder) (*Process, error) {
 	if p.nbd, err = newFrontend(cfg, p.listeners); err != nil {
 		return nil, fmt.Errorf("data process: %w", err)
 	}
+	p.ledger = wireLedger{to: client.NewPeerLedger(client.NewLedgerClient(client.LedgerSocket(cfg.RunDir)), p.cluster.peers, p.cluster.dialLedger)}
+	p.knowCluster(list.snapshot().Cluster)
 	p.life, p.cancel = context.WithCancel(context.Background())
 	return p, nil
 }
@@ -223,7 +226,9 @@ func (p *Process) serve(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("data process: %w", err)
 	}
+	p.knowCluster(was.Cluster)
 	p.reopen(was)
+	p.restoreCluster(ctx, was.Cluster)
 	p.restoreNetwork(ctx, was.Network)
 	p.wg.Go(p.measureSpaces)
 	p.log.Info("data process ready", "version", p.cfg.Version, "pid", os.Getpid(), "volumes", len(was.Volumes))
@@ -283,6 +288,7 @@ func (p *Process) suspendAll(ctx context.Context) error {
 	for _, s := range p.slots() {
 		s.liftLimits()
 	}
+	p.stopCluster()
 	return errors.Join(p.stopNetwork(drain), p.nbd.Drain(drain), p.detachBlockdevs(drain), p.endAll(ctx, p.suspendSlot))
 }
 
@@ -316,8 +322,9 @@ func (p *Process) Shutdown(ctx context.Context, a client.Shutdown) error {
 				return err
 			}
 			defer s.give()
-			return p.closedAllTheSame(p.closeSlot(ctx, s))
+			return p.closedAllTheSame(p.closeSlot(ctx, s, closeForced))
 		})
+		p.stopCluster()
 	} else {
 		err = p.suspendAll(ctx)
 	}

@@ -31,6 +31,9 @@ func (d *diskDir) room() error {
 
 // roomFor is room for a verb that makes a layer, unless the layer is there: said again, what was done is done.
 func (p *Process) roomFor(ctx context.Context, s *slot, a client.Operate) error {
+	if isFar(s.args) {
+		return nil // its node refuses it (farConn.Prepare)
+	}
 	d, err := p.disk(s.args.DiskID)
 	if err != nil {
 		return err
@@ -74,12 +77,15 @@ func (p *Process) measureSpaces() {
 		}
 		for _, s := range p.slots() {
 			s.mu.Lock()
-			vol, was := s.vol, s.space
+			vol, was, rep := s.vol, s.space, s.rep
 			s.mu.Unlock()
-			if vol == nil {
+			if vol == nil || rep.away() != "" {
 				continue
 			}
-			if now, err := measureSpace(p.life, vol, was); err == nil && now.of != was.of { // one that is ending is told by others
+			ctx, cancel := rep.patient(p.life, farOpenPatience)
+			now, err := measureSpace(ctx, vol, was)
+			cancel()
+			if err == nil && now.of != was.of { // one that is ending is told by others
 				s.change(func(s *slot) { s.space = now })
 				p.tellSpace(was, now)
 			}

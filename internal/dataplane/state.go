@@ -79,6 +79,7 @@ func (p *Process) State(ctx context.Context) (client.State, error) {
 	rev, _ := p.board.now()
 	st := client.State{Rev: rev, Hello: p.hello(), Disks: []client.DiskStatus{}, Volumes: []client.VolumeStatus{}, Jobs: p.jobs()}
 	st.Network, _ = p.network.look()
+	st.Cluster = p.servedCluster()
 	fronts := p.nbd.Stats()
 	for _, s := range p.slots() {
 		if _, state, _ := s.look(); state == "" {
@@ -87,7 +88,7 @@ func (p *Process) State(ctx context.Context) (client.State, error) {
 		st.Volumes = append(st.Volumes, p.volumeStatus(ctx, s, fronts))
 	}
 	for _, d := range p.disks() {
-		st.Disks = append(st.Disks, d.status(st.Volumes))
+		st.Disks = append(st.Disks, p.diskStatus(d, st.Volumes))
 	}
 	return st, nil
 }

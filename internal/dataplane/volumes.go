@@ -15,7 +15,6 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/nbd"
 	"ashlar/internal/replica"
-	"ashlar/internal/replica/local"
 	"ashlar/internal/volume"
 )
 
@@ -61,7 +60,8 @@ type slot struct {
 	state string
 	err   error // why it is failed
 	vol   *volume.Volume
-	rep   *local.Replica
+	rep   *member
+	seen  volume.Status // of a volume whose replica is another node's: what it said last
 	lock  *os.File      // of the replica, passed by another process: the next open is under it
 	dev   *limit.Device // what its frontends serve; nil unless it is open, or was
 	space measured
@@ -99,6 +99,10 @@ func checkOpen(a client.OpenVolume) error {
 	switch {
 	case !validID(a.VolumeID), !validID(a.ReplicaID), !validID(a.DiskID), a.Node == "":
 		return fmt.Errorf("volume %.40q, replica %.40q, disk %.40q, node %.40q: %w: ids are 32 hex digits", a.VolumeID, a.ReplicaID, a.DiskID, a.Node, client.ErrInvalid)
+	case a.ReplicaNode != "" && checkName(a.ReplicaNode) != nil:
+		return fmt.Errorf("node %.40q: %w: not a node's name", a.ReplicaNode, client.ErrInvalid)
+	case isFar(a) && a.Salvage:
+		return fmt.Errorf("%w: salvage is decided where the replica is: attach the volume once on node %s with it", client.ErrInvalid, a.ReplicaNode)
 	case a.Frontend != "" && a.Frontend != frontendNBD && a.Frontend != frontendBlockdev:
 		return fmt.Errorf("frontend %.40q: %w: this build has %q and %q", a.Frontend, client.ErrInvalid, frontendNBD, frontendBlockdev)
 	}
@@ -213,6 +217,9 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 		}
 		return nil
 	}
+	if s.vol != nil { // fenced, or lost: its guests must know before anybody else is served in their place
+		return fmt.Errorf("close it first: %w", why)
+	}
 	if lost := p.list.salvage(a.VolumeID); lost != "" && !a.Salvage {
 		if state == "" {
 			p.forget(a.VolumeID)
@@ -228,7 +235,7 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 	if err == nil {
 		return nil
 	}
-	if known && state == stateOpening && errors.Is(err, volume.ErrUnreachable) {
+	if known && state == stateOpening && isAway(err) {
 		return err // it is being reopened all the time
 	}
 	if known { // guests of this boot may wait for it: it stays on the list
@@ -244,24 +251,26 @@ func (p *Process) openSlot(ctx context.Context, s *slot, a client.OpenVolume) er
 func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	s.change(func(s *slot) { s.args, s.state, s.err, s.entry = e.Open, stateOpening, nil, e })
 	p.board.bump()
-	d, err := p.disk(e.Open.DiskID)
+	rep, err := p.reach(ctx, s, e.Open)
 	if err != nil {
 		return err
 	}
-	rep, err := d.openReplica(e.Open, p.boot, s.inherited())
-	if err != nil {
-		return err
-	}
-	vol, err := volume.Open(ctx, volume.Config{
+	opening, cancel := rep.patient(ctx, farOpenPatience)
+	defer cancel()
+	vol, err := volume.Open(opening, volume.Config{
 		VolumeID: e.Open.VolumeID, Name: e.Open.Volume, Node: e.Open.Node, BootID: p.boot, Ledger: p.ledger,
-		Replicas: []volume.Member{{ID: e.Open.ReplicaID, Replica: rep.Connect()}},
-		Resume:   e.Epoch > 0, GuestsGone: e.Epoch == 0, Salvage: e.Open.Salvage,
+		Replicas: []volume.Member{{ID: e.Open.ReplicaID, Replica: rep.Replica}},
+		Resume:   e.Epoch > 0, GuestsGone: e.Epoch == 0, Guests: e.Epoch, Salvage: e.Open.Salvage,
 	})
 	if err != nil {
-		return errors.Join(err, rep.Close())
+		return errors.Join(rep.blame(err), rep.close())
 	}
-	undo := func(err error) error { return errors.Join(err, vol.Suspend(ctx), rep.Close()) }
-	st, err := vol.Status(ctx)
+	undo := func(err error) error {
+		late, cancel := rep.patient(ctx, farLastPatience)
+		defer cancel()
+		return errors.Join(rep.blame(err), vol.Suspend(late), rep.close())
+	}
+	st, err := vol.Status(opening)
 	if err != nil {
 		return undo(err)
 	}
@@ -275,8 +284,12 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	}
 	// A client's first request may come, and fail, before enable returns: the slot is complete by then.
 	dev := limit.NewDevice(&witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}, limitsOf(e.Open.Limits))
-	s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev, s.entry = stateOpen, vol, rep, dev, e })
-	if err := p.enable(ctx, e.Open, dev); err != nil {
+	s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev, s.entry, s.seen = stateOpen, vol, rep, dev, e, st })
+	served := servedDevice(dev)
+	if rep.far != nil {
+		served = farDevice{dev}
+	}
+	if err := p.enable(ctx, e.Open, served); err != nil {
 		s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev = stateOpening, nil, nil, nil })
 		return undo(fmt.Errorf("%w: %w", errFront, err))
 	}
@@ -287,6 +300,9 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	p.board.bump()
 	p.measureSoon()
 	p.wg.Go(func() { p.watch(s, vol) })
+	if rep.far != nil {
+		p.wg.Go(func() { p.watchFar(s, vol, rep) })
+	}
 	return nil
 }
 
@@ -297,11 +313,13 @@ func (p *Process) watch(s *slot, vol *volume.Volume) {
 		return
 	case <-vol.Ended():
 	}
-	st, err := vol.Status(p.life)
+	ctx, cancel := context.WithTimeout(p.life, farAskPatience)
+	st, err := vol.Status(ctx) // the copy may not be there to say anything
+	cancel()
 	switch st.State {
 	case volume.StateFailed:
 		p.noteFailure(s, st.Err)
-	case volume.StateFenced:
+	case volume.StateFenced, volume.StateLost:
 		s.change(func(s *slot) {
 			if s.vol == vol && s.state == stateOpen {
 				s.state, s.err = stateFailed, st.Err
@@ -381,7 +399,7 @@ func (p *Process) reopen(f openFile) {
 	}
 }
 
-// reopenSlot brings one volume up again, trying for as long as only the catalogue is missing. It has the slot's token, and lends it out between attempts.
+// reopenSlot brings one volume up again, trying for as long as only the catalogue, or the replica's node, is missing. It has the slot's token, and lends it out between attempts.
 func (p *Process) reopenSlot(s *slot, e openEntry) {
 	e.Open.Salvage = false // was for once
 	fronts := 0
@@ -392,13 +410,17 @@ func (p *Process) reopenSlot(s *slot, e openEntry) {
 			return
 		}
 		err := p.bringUp(p.life, s, e)
-		again := errors.Is(err, volume.ErrUnreachable)
+		again := isAway(err)
 		if errors.Is(err, errFront) {
 			fronts++
 			again = fronts < maxFrontTries
 		}
 		if err != nil && !again {
 			p.failSlot(p.life, s, e, err)
+		}
+		if again {
+			s.change(func(s *slot) { s.err = err })
+			p.board.bump()
 		}
 		s.give()
 		if !again {
@@ -428,6 +450,11 @@ func (p *Process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 	if s == nil {
 		return nil
 	}
+	how := closeClean
+	if a.Force {
+		how = closeForced
+		s.cutLoose()
+	}
 	if err := s.take(ctx); err != nil {
 		return forWire(err)
 	}
@@ -435,15 +462,42 @@ func (p *Process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 	if p.slot(a.VolumeID) != s {
 		return nil // closed while we waited
 	}
-	return forWire(p.closeSlot(ctx, s))
+	return forWire(p.closeSlot(ctx, s, how))
+}
+
+// closing is how a volume is closed.
+type closing int
+
+const (
+	closeClean  closing = iota // or not at all, while its replica's node is away
+	closeForced                // whether or not its replica's node answers
+)
+
+// cutLoose ends the connection to a replica whose node is away, so that nothing waits for it any more: neither guests, nor a verb or a close under way. A block device stays until it is known that nobody uses it.
+func (s *slot) cutLoose() {
+	s.mu.Lock()
+	vol, rep, stuck := s.vol, s.rep, s.state == stateClosing || s.args.Frontend != frontendBlockdev
+	s.mu.Unlock()
+	if vol != nil && stuck && rep.away() != "" {
+		vol.Abandon() //nolint:errcheck // whoever closes it finds it closed
+	}
 }
 
 // closeSlot closes a volume for good: it leaves open.json first, because from here on nobody waits for it to come back.
-func (p *Process) closeSlot(ctx context.Context, s *slot) error {
+func (p *Process) closeSlot(ctx context.Context, s *slot, how closing) error {
 	args, _, _ := s.look()
+	patience := farClosePatience
+	if how == closeForced {
+		patience = farLastPatience
+	} else if away := s.rep.away(); away != "" && s.vol != nil {
+		return fmt.Errorf("close volume %s: %w: %s; what its guests wrote cannot be flushed: wait, or close it with force", args.Volume, client.ErrUnreachable, away)
+	}
+	ctx, cancel := s.rep.patient(ctx, patience)
+	defer cancel()
 	if err := p.giveUpBlockdev(ctx, s); err != nil {
 		return err
 	}
+	s.cutLoose()
 	if err := p.list.remove(args.VolumeID); err != nil {
 		return fmt.Errorf("close volume %s: %w", args.Volume, err)
 	}
@@ -460,7 +514,11 @@ func (p *Process) closeSlot(ctx context.Context, s *slot) error {
 		if errors.Is(err, block.ErrFailed) && !failed { // the last flush is a flush
 			errs = append(errs, p.list.change(func(f *openFile) { f.Salvage[args.VolumeID] = err.Error() }))
 		}
-		errs = append(errs, err, rep.Close())
+		if how == closeForced && rep.far != nil && err != nil {
+			p.log.Warn("a volume was closed without its replica's node", "volume", args.Volume, "error", err)
+			err = nil
+		}
+		errs = append(errs, err, rep.close())
 	}
 	p.rescan(args.DiskID, args.ReplicaID)
 	p.forget(args.VolumeID)
@@ -478,13 +536,19 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	vol, rep, name, volumeID := s.vol, s.rep, s.args.Volume, s.args.VolumeID
 	s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateClosing
 	s.mu.Unlock()
+	ctx, cancel := rep.patient(ctx, farLastPatience)
+	defer cancel()
 	errs := []error{p.sources.closeOf(ctx, volumeID)}
 	if vol != nil {
 		err := vol.Suspend(ctx)
 		if errors.Is(err, block.ErrFailed) { // the last flush is a flush
 			errs = append(errs, p.list.fail(volumeID, err.Error()))
 		}
-		errs = append(errs, err, rep.Close())
+		if rep.far != nil && err != nil { // not flushed, which the next process makes up for
+			p.log.Warn("a volume is left as it is", "volume", name, "error", err)
+			err = nil
+		}
+		errs = append(errs, err, rep.close())
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("suspend volume %s: %w", name, err)
@@ -496,10 +560,14 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]nbd.Stats) client.VolumeStatus {
 	s.mu.Lock()
 	a, vol, e := s.args, s.vol, s.entry
-	st := client.VolumeStatus{VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: a.DiskID, Frontend: a.Frontend, State: s.state,
-		SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}, Limits: a.Limits}
-	err, dev, space := s.err, s.dev, s.space
+	st := client.VolumeStatus{VolumeID: a.VolumeID, Volume: a.Volume, ReplicaID: a.ReplicaID, DiskID: a.DiskID, ReplicaNode: a.ReplicaNode,
+		Frontend: a.Frontend, State: s.state, SizeBytes: e.SizeBytes, Epoch: e.Epoch, Session: e.Session, Layers: []client.Layer{}, Limits: a.Limits}
+	err, dev, space, rep, seen := s.err, s.dev, s.space, s.rep, s.seen
 	s.mu.Unlock()
+	st.Away = rep.away()
+	if isFar(a) && vol == nil && st.State == stateOpening && err != nil {
+		st.Away = err.Error()
+	}
 	st.Space = spaceOf(space.usage.Space)
 	// One that is only being made is no place to go to yet.
 	if stats, ok := p.blockdev.Stats()[a.Volume]; ok && a.Frontend == frontendBlockdev && (vol != nil || st.State == stateFailed) {
@@ -514,7 +582,9 @@ func (p *Process) volumeStatus(ctx context.Context, s *slot, fronts map[string]n
 	if dev != nil {
 		st.Stats.Throttled = dev.Rate().Waited()
 	}
-	if vol != nil && st.State != stateClosing {
+	if vol != nil && rep.far != nil {
+		st.SizeBytes, st.Layers = vol.Device().Size(), layersOf(seen, space.usage)
+	} else if vol != nil && st.State != stateClosing {
 		vs, statusErr := vol.Status(ctx)
 		if statusErr == nil {
 			st.SizeBytes, st.Layers = vs.SizeBytes, layersOf(vs, space.usage)

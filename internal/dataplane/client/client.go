@@ -142,21 +142,35 @@ func (c *Client) Shutdown(ctx context.Context, a Shutdown) error {
 	return c.say(ctx, "shutdown", a)
 }
 
-// caller posts JSON to a unix socket: what Client and LedgerClient share.
+// caller posts JSON: what Client, LedgerClient and PeerLedger share.
 type caller struct {
-	socket string
+	whom   string // for people: the socket, or the node
+	prefix string // of the verbs' paths
+	header http.Header
 	window Window
 	http   *http.Client
 }
 
+// newCaller asks whoever listens on a unix socket.
 func newCaller(socket string) caller {
-	return caller{socket: socket, window: ThisBuild(), http: &http.Client{Transport: &http.Transport{
+	return newDialer(socket, "/", func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", socket)
+	})
+}
+
+// newDialer asks whoever is at the other end of a connection. An error of dial means that nothing was said: errNotSent.
+func newDialer(whom, prefix string, dial func(context.Context) (net.Conn, error)) caller {
+	return caller{whom: whom, prefix: prefix, window: ThisBuild(), http: &http.Client{Transport: &http.Transport{
 		// One connection a request: a kept one may lead to a process that is gone, and then nobody knows what was done.
 		DisableKeepAlives:  true,
 		DisableCompression: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", socket)
+			conn, err := dial(ctx)
+			if err != nil {
+				err = fmt.Errorf("%w: %w", errNotSent, err)
+			}
+			return conn, err
 		},
 	}}}
 }
@@ -170,14 +184,17 @@ func (c caller) say(ctx context.Context, verb string, in any) error {
 // call says one verb and returns its answer, or the failure as an error that wraps its sentinel.
 func call[Out any](ctx context.Context, c caller, verb string, in any) (Out, error) {
 	var out Out
-	what := verb + " on " + c.socket
+	what := verb + " on " + c.whom
 	body, err := json.Marshal(in)
 	if err != nil {
 		return out, fmt.Errorf("%s: %w: %w", what, ErrInvalid, err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://ashlar/"+verb, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://ashlar"+c.prefix+verb, bytes.NewReader(body))
 	if err != nil {
 		return out, fmt.Errorf("%s: %w: %w", what, ErrInvalid, err)
+	}
+	for name, values := range c.header {
+		req.Header[http.CanonicalHeaderKey(name)] = values
 	}
 	req.Header.Set("Content-Type", "application/json")
 	req.Header.Set(windowHeader, c.window.String())

@@ -1,0 +1,158 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"ashlar/internal/block/limit"
+	"ashlar/internal/dataplane/client"
+	"ashlar/internal/replica"
+	"ashlar/internal/replica/remote"
+	"ashlar/internal/volume"
+)
+
+// How long a replica on another node is waited for: to be opened (then it is tried again), by a close, and by the verbs of a close that is forced, of a suspension and of a hand-over; and how
+// often it is asked how it is.
+const (
+	farOpenPatience  = 10 * time.Second
+	farClosePatience = 30 * time.Second
+	farLastPatience  = 3 * time.Second
+	farLookEvery     = time.Second
+	farConfirmEvery  = 5 * time.Second
+	farAskPatience   = 2 * time.Second
+)
+
+// member is the one replica that a volume stands on: this node's, shared with whoever else has it open, or another node's.
+type member struct {
+	replica.Replica              // the connection of the volume
+	held            *heldReplica // nil: another node's
+	far             *remote.Replica
+	node            string // of far
+}
+
+// isFar tells whether a volume's replica is another node's.
+func isFar(a client.OpenVolume) bool { return a.ReplicaNode != "" && a.ReplicaNode != a.Node }
+
+// reach opens a volume's replica, here or on its node.
+func (p *Process) reach(ctx context.Context, s *slot, a client.OpenVolume) (*member, error) {
+	if isFar(a) {
+		ctx, cancel := context.WithTimeout(ctx, farOpenPatience)
+		defer cancel()
+		far, err := remote.Open(ctx, remote.Config{ReplicaID: a.ReplicaID, VolumeID: a.VolumeID, Dial: p.cluster.dial(a.ReplicaNode), Codes: farCodes(), Log: p.log})
+		if err != nil {
+			return nil, fmt.Errorf("replica %s on node %s: %w", a.ReplicaID, a.ReplicaNode, err)
+		}
+		return &member{Replica: far, far: far, node: a.ReplicaNode}, nil
+	}
+	d, err := p.disk(a.DiskID)
+	if err != nil {
+		return nil, err
+	}
+	held, err := p.useReplica(ctx, d, a, s.inherited())
+	if err != nil {
+		return nil, err
+	}
+	return &member{Replica: held.Connect(), held: held}, nil
+}
+
+// close gives the replica up, once its volume has ended. The connection may be closed already.
+func (m *member) close() error {
+	if m.held == nil {
+		m.Replica.Close() //nolint:errcheck // there is nothing behind it that could fail
+		return nil
+	}
+	m.Replica.Close() //nolint:errcheck // it only ends the connection
+	return m.held.release()
+}
+
+// lock returns a copy of the descriptor that has the replica's lock, to be passed to another process; nil for another node's, which has none here.
+func (m *member) lock() (*os.File, error) {
+	if m.held == nil {
+		return nil, nil
+	}
+	return m.held.Lock()
+}
+
+// away says since when and why the replica's node does not answer; "" while it does.
+func (m *member) away() string {
+	if m == nil || m.far == nil {
+		return ""
+	}
+	since, err := m.far.Away()
+	if since.IsZero() {
+		return ""
+	}
+	return fmt.Sprintf("node %s does not answer since %s: %v", m.node, since.UTC().Format(time.RFC3339), err)
+}
+
+// patient bounds what is done at a replica that may be away for as long as it likes; another's ctx is as it was.
+func (m *member) patient(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if m == nil || m.far == nil {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, d)
+}
+
+// blame says of an error that came of patience which had run out that the node is away.
+func (m *member) blame(err error) error {
+	if m.far == nil || err == nil || !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("replica's node %s: %w: %w", m.node, remote.ErrAway, err)
+}
+
+// isAway tells of errors that pass by themselves when the catalogue, or a replica's node, answers again.
+func isAway(err error) bool {
+	return errors.Is(err, volume.ErrUnreachable) || errors.Is(err, remote.ErrAway) || errors.Is(err, remote.ErrBusy)
+}
+
+// farDevice is what the frontends serve of a volume whose replica is another node's: any request may wait for as long as that node is away, and must hold up no other.
+type farDevice struct{ *limit.Device }
+
+// MayWait says so; see limit.Device.
+func (farDevice) MayWait() bool { return true }
+
+// watchFar follows a replica on another node until its volume ends: State tells whether it answers, what it said last of itself, and that another writer came, also while no guest asks for anything.
+func (p *Process) watchFar(s *slot, vol *volume.Volume, m *member) {
+	args, _, _ := s.look()
+	tick := time.NewTicker(farLookEvery)
+	defer tick.Stop()
+	told := ""
+	for asked := time.Now(); ; {
+		select {
+		case <-p.life.Done():
+			return
+		case <-vol.Ended():
+			return
+		case <-tick.C:
+		}
+		now := m.away()
+		if (now == "") != (told == "") {
+			p.log.Warn("replica's node", "volume", args.Volume, "node", m.node, "away", now)
+			p.board.bump()
+		}
+		if told = now; now != "" || time.Since(asked) < farConfirmEvery {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(p.life, farAskPatience)
+		if vol.Confirm(ctx) == nil {
+			p.lookFar(ctx, s, vol)
+		}
+		cancel()
+		asked = time.Now()
+	}
+}
+
+// lookFar keeps what the replica says of itself, for State, which never asks another node.
+func (p *Process) lookFar(ctx context.Context, s *slot, vol *volume.Volume) {
+	if st, err := vol.Status(ctx); err == nil {
+		s.change(func(s *slot) {
+			if s.vol == vol {
+				s.seen = st
+			}
+		})
+	}
+}
