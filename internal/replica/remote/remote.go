@@ -2,8 +2,8 @@ package remote
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"time"
@@ -12,112 +12,70 @@ import (
 	"ashlar/internal/replica"
 )
 
-// errUnfinished: this end is being written.
-var errUnfinished = errors.New("remote replicas are not finished")
+var (
+	// ErrAway: nobody answers on the other node.
+	ErrAway = errors.New("the node that has it does not answer")
+	// ErrRestarted: the other node's host was booted again, or the disk mounted again, so that what was written and not flushed may be gone. It is a replica.ErrRestarted, by which the engine knows it, and a block.ErrFailed.
+	ErrRestarted = fmt.Errorf("the node that has it was booted again since it was written to: %w: %w", replica.ErrRestarted, block.ErrFailed)
+	// ErrUnknown: the other node has no such replica or source. A Host answers it.
+	ErrUnknown = errors.New("that node has no such thing")
+	// ErrBusy: the replica is in use on the other node in a way that leaves no room. A Host answers it.
+	ErrBusy = errors.New("in use on that node")
+)
 
-// ErrAway: nobody answers on the other node.
-var ErrAway = errors.New("the node that has it does not answer")
-
-// ErrRestarted: the other node's host was booted again, so that what was written and not flushed may be gone. It is a replica.ErrRestarted (by which the engine knows it) and a block.ErrFailed.
-var ErrRestarted error = errors.Join(replica.ErrRestarted, block.ErrFailed)
-
-// Dial connects to the node that has the replica. The connection is past its TLS handshake, and nothing was said on it yet.
+// Dial connects to the node that has the replica. The connection is past its TLS handshake, and nothing was said on it yet. It ends when ctx does.
 type Dial func(ctx context.Context) (net.Conn, error)
 
 // Config says which replica, and how to reach it.
 type Config struct {
+	// ReplicaID is required. VolumeID, if not empty, is what the replica must belong to, as far as it knows.
 	ReplicaID, VolumeID string
 	Dial                Dial
 	// Beat is how long the peer may be quiet before it is asked whether it is there; Silence how long it may take to answer before the connection is given up. Zero: 1 s and 3 s.
 	Beat, Silence time.Duration
-	Log           *slog.Logger // nil: none
+	// Codes are further errors that come back as what they were, if the Server has them too.
+	Codes []Code
+	Log   *slog.Logger // nil: none
 }
 
-// Replica is a replica on another node.
-type Replica struct{}
-
-var _ replica.Replica = (*Replica)(nil)
-
-// Open connects to the replica; ErrAway when nobody answers before ctx ends.
-func Open(ctx context.Context, cfg Config) (*Replica, error) { return nil, errUnfinished }
-
-// Away tells since when the peer has not answered, and why; the zero time while it does.
-func (r *Replica) Away() (since time.Time, err error) { return time.Time{}, nil }
-
-// ReadAt implements block.Device.
-func (r *Replica) ReadAt(p []byte, off int64) (int, error) { return 0, errUnfinished }
-
-// WriteAt implements block.Device.
-func (r *Replica) WriteAt(p []byte, off int64) (int, error) { return 0, errUnfinished }
-
-// Zero implements block.Device.
-func (r *Replica) Zero(off, n int64) error { return errUnfinished }
-
-// Flush implements block.Device.
-func (r *Replica) Flush() error { return errUnfinished }
-
-// Extents implements block.Device.
-func (r *Replica) Extents(off, n int64) ([]block.Extent, error) { return nil, errUnfinished }
-
-// Size implements block.Device.
-func (r *Replica) Size() int64 { return 0 }
-
-// Close implements block.Device. It leaves the replica open where it is.
-func (r *Replica) Close() error { return nil }
-
-// Fence implements replica.Replica.
-func (r *Replica) Fence(ctx context.Context, w replica.Writer) error { return errUnfinished }
-
-// Confirm implements replica.Replica.
-func (r *Replica) Confirm(ctx context.Context, w replica.Writer) error { return errUnfinished }
-
-// Keep implements replica.Replica.
-func (r *Replica) Keep(ctx context.Context, w replica.Writer, rec replica.Record) error {
-	return errUnfinished
+// check fills in defaults.
+func (c Config) check() (Config, error) {
+	if c.Dial == nil || !validID(c.ReplicaID) {
+		return c, fmt.Errorf("replica %q: a replica's id and a way to reach it are needed: %w", c.ReplicaID, ErrUnknown)
+	}
+	return c.defaults(), nil
 }
 
-// Change implements replica.Replica.
-func (r *Replica) Change(ctx context.Context, w replica.Writer, c replica.Change) error {
-	return errUnfinished
+func (c Config) defaults() Config {
+	if c.Beat <= 0 {
+		c.Beat = time.Second
+	}
+	if c.Silence <= 0 {
+		c.Silence = 3 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
 }
 
-// Prepare implements replica.Replica.
-func (r *Replica) Prepare(ctx context.Context, w replica.Writer, c replica.Change, progress func(doneBytes, totalBytes int64)) error {
-	return errUnfinished
-}
-
-// SetSnapshot implements replica.Replica.
-func (r *Replica) SetSnapshot(ctx context.Context, w replica.Writer, id replica.LayerID, m replica.SnapshotMeta) error {
-	return errUnfinished
-}
-
-// Purge implements replica.Replica.
-func (r *Replica) Purge(ctx context.Context, w replica.Writer, progress func(doneBytes, totalBytes int64)) error {
-	return errUnfinished
-}
-
-// OpenSnapshot implements replica.Replica.
-func (r *Replica) OpenSnapshot(id replica.LayerID) (block.Device, error) { return nil, errUnfinished }
-
-// Status implements replica.Replica.
-func (r *Replica) Status(ctx context.Context) (replica.Status, error) {
-	return replica.Status{}, errUnfinished
-}
-
-// Count implements replica.Replica.
-func (r *Replica) Count(ctx context.Context) error { return errUnfinished }
-
-// Space implements replica.Replica.
-func (r *Replica) Space(ctx context.Context) (replica.Usage, error) {
-	return replica.Usage{}, errUnfinished
-}
-
-// Changed implements replica.Replica.
-func (r *Replica) Changed(ctx context.Context, d replica.Diff) ([]replica.Range, int64, error) {
-	return nil, 0, errUnfinished
-}
-
-// OpenSource opens something that is only read, an image or a layer's own units: "image/DISKID/IMAGEID", "layer/REPLICAID/LAYERID". Its info says what it is.
-func OpenSource(ctx context.Context, dial Dial, name string) (block.Device, json.RawMessage, error) {
-	return nil, nil, errUnfinished
+// Open asks the replica what it is, and returns it, not let in yet. ErrAway when nobody answers before ctx ends; ErrUnknown; ErrBusy; ErrVersion; replica.ErrChain when it
+// belongs to another volume; what the Host there says, as far as it is one of the Codes.
+func Open(ctx context.Context, cfg Config) (*Replica, error) {
+	cfg, err := cfg.check()
+	if err != nil {
+		return nil, fmt.Errorf("open remote %w", err)
+	}
+	r := &Replica{cfg: cfg, talker: newTalker(cfg), fencing: make(chan struct{}, 1)}
+	r.life, r.cancel = context.WithCancelCause(context.Background())
+	st, err := r.Status(ctx)
+	if err == nil && cfg.VolumeID != "" && st.Record.VolumeID != "" && st.Record.VolumeID != cfg.VolumeID {
+		err = fmt.Errorf("it belongs to volume %s: %w", st.Record.VolumeID, replica.ErrChain)
+	}
+	if err != nil {
+		_ = r.Close()
+		return nil, fmt.Errorf("open remote replica %s: %w", cfg.ReplicaID, err)
+	}
+	r.size.Store(st.Chain.SizeBytes)
+	return r, nil
 }
