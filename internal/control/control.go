@@ -37,6 +37,7 @@ type Config struct {
 	Resync  time.Duration    // how often it plans although nothing changed; zero: 30 s
 	Now     func() time.Time // nil: time.Now
 	NewID   func() string    // 32 random hex digits; nil: the kernel's
+	API     plan.Window      // the versions this build speaks between nodes: others that speak none of them get nothing; zero: not compared
 	Log     *slog.Logger     // nil: dropped
 }
 
@@ -53,6 +54,9 @@ const (
 	resync = 30 * time.Second
 	// holdFor is how long a write that failed waits for the watch to show why.
 	holdFor = 200 * time.Millisecond
+	// share bounds what planning takes of a processor: after a round it rests so many times as long as that took, but not longer than restMax, and takes what changed meanwhile together.
+	share   = 4
+	restMax = 100 * time.Millisecond
 )
 
 // New returns a Control; Run makes it work. It panics without a Catalog, which is a mistake of the program.
@@ -117,21 +121,34 @@ func (c *Control) lead(ctx context.Context) error {
 			return err
 		case b := <-batches:
 			c.take(b)
-			for more := true; more; { // one plan for all that is known
-				select {
-				case b := <-batches:
-					c.take(b)
-				default:
-					more = false
-				}
-			}
+			c.drain(batches)
 		case <-timer.C:
 		}
 		wait := c.cfg.Resync
+		began := time.Now()
 		if again := c.round(ctx); again {
 			wait = holdFor
 		}
+		if rest := min(share*time.Since(began), restMax); rest > 0 {
+			timer.Reset(rest)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+			}
+		}
 		timer.Reset(wait)
+	}
+}
+
+// drain takes what has come: one plan for all that is known.
+func (c *Control) drain(batches <-chan catalog.Batch) {
+	for {
+		select {
+		case b := <-batches:
+			c.take(b)
+		default:
+			return
+		}
 	}
 }
 
@@ -157,7 +174,7 @@ func (c *Control) round(ctx context.Context) (again bool) {
 		wrote := false
 		now := c.cfg.Now()
 		failed := map[string]bool{}
-		for _, w := range plan.Cluster(plan.ClusterInput{View: c.view, Now: now, NewID: c.cfg.NewID}) {
+		for _, w := range plan.Cluster(plan.ClusterInput{View: c.view, Now: now, NewID: c.cfg.NewID, API: c.cfg.API}) {
 			if until, ok := c.held[w.Key]; ok && now.Before(until) || w.Group != "" && failed[w.Group] {
 				failed[w.Group], again = true, true
 				continue

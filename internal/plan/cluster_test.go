@@ -136,7 +136,7 @@ func TestClusterImage(t *testing.T) {
 			w := img()
 			w.MinCopies = 3
 			p.node("n2").put(catalog.ImageKey(catalog.Wanted, "i"), w)
-		}, "image/wanted/i", "[n1-d n2-d]"},
+		}, "image/wanted/i", "[n1-d]"},
 		{"there", func(p *picture) { p.put(catalog.ImageKey(catalog.Wanted, "i"), img("n1-d")) }, "", ""},
 		{"a replica goes elsewhere", func(p *picture) {
 			p.node("n2").put(catalog.ImageKey(catalog.Wanted, "i"), img("n2-d")).volume(user).put(catalog.MembershipKey("id-v"), membership("id-v", 0))

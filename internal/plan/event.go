@@ -1,7 +1,9 @@
 package plan
 
 import (
+	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -14,15 +16,54 @@ const (
 	keepOperations = time.Hour
 )
 
-// oldEvents deletes events after a day, and the oldest above a thousand.
+// oldEvents deletes events after a day, and the oldest above a thousand. That a node is down is kept while it is so: it tells that it was said.
 func oldEvents(in ClusterInput) []Write {
-	ids := sorted(in.View.Events)
-	slices.SortStableFunc(ids, func(a, b string) int { return in.View.Events[a].Value.Time.Compare(in.View.Events[b].Value.Time) })
+	ids := make([]string, 0, len(in.View.Events))
+	over := len(in.View.Events) > maxEvents
+	for id, ev := range in.View.Events {
+		if over || in.Now.Sub(ev.Value.Time) >= keepEvents {
+			ids = append(ids, id)
+		}
+	}
+	slices.SortFunc(ids, func(a, b string) int {
+		return cmp.Or(in.View.Events[a].Value.Time.Compare(in.View.Events[b].Value.Time), strings.Compare(a, b))
+	})
 	var out []Write
 	for i, id := range ids {
 		ev := in.View.Events[id]
-		if len(ids)-i > maxEvents || in.Now.Sub(ev.Value.Time) >= keepEvents {
-			out = append(out, Write{Key: catalog.EventKey(id), Was: ev.Rev})
+		if over && len(ids)-i <= maxEvents && in.Now.Sub(ev.Value.Time) < keepEvents || ev.Value.Reason == catalog.ReasonNodeDown && in.View.down(ev.Value.Name) {
+			continue
+		}
+		out = append(out, Write{Key: catalog.EventKey(id), Was: ev.Rev})
+	}
+	return out
+}
+
+// down tells whether a node that is in a cluster is silent.
+func (v *View) down(node string) bool {
+	n := v.Nodes[node]
+	return n.Wanted.Is() && n.Wanted.Value.Deleted == nil && n.Observed.Value.Port != 0 && !v.Alive[node].Is()
+}
+
+// liveness tells people that a node has become silent, and that it is heard again: once each, because the last event says what was said last.
+func liveness(in ClusterInput) []Write {
+	var out []Write
+	for _, name := range sorted(in.View.Nodes) {
+		if in.View.Nodes[name].Observed.Value.Port == 0 {
+			continue
+		}
+		downID, upID := DeriveID("event", catalog.ReasonNodeDown, name), DeriveID("event", catalog.ReasonNodeUp, name)
+		down, up := in.View.Events[downID], in.View.Events[upID]
+		saidDown := down.Is() && (!up.Is() || down.Rev > up.Rev)
+		switch isDown := in.View.down(name); {
+		case isDown && !saidDown:
+			ev := note(in.Now, catalog.Warning, catalog.KindNode, name, catalog.ReasonNodeDown)
+			ev.ID, ev.Count, ev.Message = downID, down.Value.Count+1, "nothing is heard of it; volumes that are open there go on if only its serve is away"
+			out = append(out, Write{Key: catalog.EventKey(downID), Value: ev, Was: down.Rev})
+		case !isDown && saidDown && in.View.Alive[name].Is():
+			ev := note(in.Now, catalog.Normal, catalog.KindNode, name, catalog.ReasonNodeUp)
+			ev.ID, ev.Count, ev.Message = upID, up.Value.Count+1, "it is heard again"
+			out = append(out, Write{Key: catalog.EventKey(upID), Value: ev, Was: up.Rev})
 		}
 	}
 	return out

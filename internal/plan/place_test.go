@@ -3,6 +3,8 @@ package plan_test
 import (
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -116,8 +118,8 @@ func TestPlacement(t *testing.T) {
 	}{
 		{name: "no node", build: func(*picture) {}, why: "there is no node yet"},
 		{name: "one node", build: func(p *picture) { p.node("n1") }, want: "n1"},
-		{name: "two copies, two nodes", build: func(p *picture) { p.node("n1").node("n2") }, copies: 2, want: "n1 n2"},
-		{name: "two copies, one node: anti-affinity", build: func(p *picture) { p.node("n1") }, copies: 2, want: "n1", why: "node n1: has a copy already"},
+		{name: "two copies, two nodes", build: func(p *picture) { p.node("n1").node("n2") }, copies: 2, want: "n1", why: "1 of 2 copies have a disk; this version keeps one copy of a volume"},
+		{name: "two copies, one node", build: func(p *picture) { p.node("n1") }, copies: 2, want: "n1", why: "1 of 2 copies have a disk; this version keeps one copy of a volume"},
 		{name: "the one with more room", build: func(p *picture) { p.node("n1", setFree(20*gib)).node("n2", setFree(30*gib)) }, want: "n2"},
 		{name: "not a disabled node", build: func(p *picture) { p.node("n1", off).node("n2", setFree(10*gib)) }, want: "n2"},
 		{name: "only a disabled node", build: func(p *picture) { p.node("n1", off) }, why: "node n1: scheduling is disabled"},
@@ -187,11 +189,299 @@ func TestPlacement(t *testing.T) {
 	}
 }
 
-func TestTags(t *testing.T) {
-	p := newPicture(t).node("n1", func(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Tags = []string{"fast"} })
-	for tags, want := range map[string]bool{"": true, "fast": true, "fast ssd": false} {
-		if got := plan.CanPlaceTagged(p.v, strings.Fields(tags)); got != want {
-			t.Errorf("tags %q: %v, want %v", tags, got, want)
+// condition is a state a node, or its disk, can be in, and what is said of it.
+type condition struct {
+	name   string
+	change func(*picture, *catalog.NodeWanted, *catalog.NodeObserved)
+	why    string // "": it is fit
+}
+
+// conditions are all there are.
+func conditions() []condition {
+	disk := func(f func(*catalog.DiskWanted, *catalog.DiskObserved)) func(*picture, *catalog.NodeWanted, *catalog.NodeObserved) {
+		return func(_ *picture, w *catalog.NodeWanted, o *catalog.NodeObserved) { onDisk(f)(w, o) }
+	}
+	return []condition{
+		{"fit", func(*picture, *catalog.NodeWanted, *catalog.NodeObserved) {}, ""},
+		{"alive", func(p *picture, w *catalog.NodeWanted, o *catalog.NodeObserved) {
+			o.Port, o.APIMin, o.APICurrent = 9510, 1, 3
+			p.put(catalog.AliveKey(w.Name), catalog.Alive{Node: w.Name})
+		}, ""},
+		{"silent", func(_ *picture, _ *catalog.NodeWanted, o *catalog.NodeObserved) { o.Port = 9510 }, "is down"},
+		{"not ready", func(_ *picture, _ *catalog.NodeWanted, o *catalog.NodeObserved) { o.Ready = false }, "not ready"},
+		{"cordoned", func(_ *picture, w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.AllowScheduling = false }, "scheduling is disabled"},
+		{"evicting", func(_ *picture, w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.EvictionRequested = true }, "is being emptied"},
+		{"deleted", func(_ *picture, w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Deleted = &now }, "is being removed"},
+		{"too old", func(_ *picture, _ *catalog.NodeWanted, o *catalog.NodeObserved) { o.APIMin, o.APICurrent = 1, 2 }, "speaks versions 1 to 2 between nodes, the leader 3 to 4"},
+		{"too new", func(_ *picture, _ *catalog.NodeWanted, o *catalog.NodeObserved) { o.APIMin, o.APICurrent = 5, 6 }, "speaks versions 5 to 6"},
+		{"no disk", func(_ *picture, w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Disks = nil }, "has no disk"},
+		{"without the tag", func(_ *picture, w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Tags = nil }, `the node has no tag "fast"`},
+		{"disk not seen", func(_ *picture, _ *catalog.NodeWanted, o *catalog.NodeObserved) { o.Disks = nil }, "not in use yet"},
+		{"disk not ready", disk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.Conditions = nil }), "not ready"},
+		{"disk cordoned", disk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.AllowScheduling = false }), "scheduling is disabled"},
+		{"disk evicting", disk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.EvictionRequested = true }), "is being emptied"},
+		{"disk without the tag", disk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.Tags = []string{"fast"} }), `the disk has no tag "ssd"`},
+		{"disk nearly full", disk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.FreeBytes = 5 * gib }), "must stay free"},
+		{"disk reserved", disk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.StorageReservedBytes = 50 * gib }), "50 GiB must stay free"},
+		{"no room for the bytes", disk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.FreeBytes = 10 * gib }), "6 GiB are to be copied there, of 10 GiB free"},
+		{"promised", disk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.TotalBytes, o.FreeBytes = 15*gib, 14*gib }), "20 GiB asked for and 0 B promised already"},
+	}
+}
+
+// TestEveryCondition: three nodes in every combination of states, three copies: exactly the fit ones get one, and of each other one the reason is said.
+func TestEveryCondition(t *testing.T) {
+	all := conditions()
+	n := 0
+	for a := range all {
+		for b := range all {
+			for c := range all {
+				n++
+				p := newPicture(t).put(catalog.SettingKey(catalog.SettingOverProvisioning), catalog.Setting{Value: "100"})
+				var fit, reasons []string
+				for i, x := range []condition{all[a], all[b], all[c]} {
+					name := fmt.Sprintf("n%d", i+1)
+					p.node(name, func(w *catalog.NodeWanted, o *catalog.NodeObserved) {
+						w.Tags = []string{"fast", "other"}
+						onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.Tags = []string{"ssd"} })(w, o)
+						x.change(p, w, o)
+					})
+					if x.why == "" {
+						fit = append(fit, name+"/"+name+"-d")
+					} else {
+						reasons = append(reasons, name+" "+x.why)
+					}
+				}
+				at, why := plan.PlaceCopies(p.v, plan.Wish{Copies: 3, SizeBytes: 20 * gib, NeedBytes: 6 * gib, NodeTags: []string{"fast"}, DiskTags: []string{"ssd"}, API: plan.Window{Min: 3, Current: 4}})
+				slices.Sort(at)
+				if !slices.Equal(at, fit) {
+					t.Fatalf("%s, %s, %s: placed on %v, want %v: %v", all[a].name, all[b].name, all[c].name, at, fit, why)
+				}
+				text := strings.Join(why, "\n")
+				for _, r := range reasons {
+					node, r, _ := strings.Cut(r, " ")
+					if !slices.ContainsFunc(why, func(line string) bool { return strings.HasPrefix(line, "node "+node) && strings.Contains(line, r) }) {
+						t.Fatalf("%s, %s, %s: %q is not said of %s: %s", all[a].name, all[b].name, all[c].name, r, node, text)
+					}
+				}
+			}
+		}
+	}
+	t.Logf("%d pictures", n)
+}
+
+// TestPlaceCopies: several copies, by zones, anti-affinity, capacity and what is where already.
+func TestPlaceCopies(t *testing.T) {
+	type nodes = func(*picture)
+	// spread puts nodes by name:zone:freeGiB:disks.
+	spread := func(specs ...string) nodes {
+		return func(p *picture) {
+			for _, s := range specs {
+				f := strings.Split(s, ":")
+				var free, disks int64
+				_, _ = fmt.Sscan(f[2], &free)
+				_, _ = fmt.Sscan(f[3], &disks)
+				p.node(f[0], setFree(free*gib), func(w *catalog.NodeWanted, o *catalog.NodeObserved) {
+					w.Zone = f[1]
+					for i := int64(1); i < disks; i++ {
+						w.Disks[fmt.Sprint("d", i)] = w.Disks["d"]
+						d := o.Disks["d"]
+						d.DiskID = fmt.Sprint(f[0], "-d", i)
+						o.Disks[fmt.Sprint("d", i)] = d
+					}
+				})
+			}
+		}
+	}
+	set := func(name, value string) nodes {
+		return func(p *picture) { p.put(catalog.SettingKey(name), catalog.Setting{Name: name, Value: value}) }
+	}
+	const softNodes, softZones, softDisks = catalog.SettingSoftNodes, catalog.SettingSoftZones, catalog.SettingSoftDisks
+	for _, c := range []struct {
+		name  string
+		build []nodes
+		wish  plan.Wish
+		want  string
+		why   string
+	}{
+		{"a zone each first", []nodes{spread("a:z1:50:1", "b:z1:50:1", "c:z2:10:1")}, plan.Wish{Copies: 2}, "a c", ""},
+		{"then the rest", []nodes{spread("a:z1:50:1", "b:z1:50:1", "c:z2:10:1")}, plan.Wish{Copies: 3}, "a c b", ""},
+		{"zones are hard", []nodes{spread("a:z1:50:1", "b:z1:50:1", "c:z2:10:1"), set(softZones, "false")}, plan.Wish{Copies: 3}, "a c", "node b: zone z1 has a copy already"},
+		{"no zones, and they are hard", []nodes{spread("a::50:1", "b::40:1"), set(softZones, "false")}, plan.Wish{Copies: 2}, "a", "node b: is in no zone, as is a node with a copy"},
+		{"one zone none, and they are hard", []nodes{spread("a::50:1", "b:z:40:1"), set(softZones, "false")}, plan.Wish{Copies: 2}, "a b", ""},
+		{"nodes are hard", []nodes{spread("a::50:3")}, plan.Wish{Copies: 2}, "a", "node a: has a copy already"},
+		{"nodes are soft: another disk", []nodes{spread("a::50:3"), set(softNodes, "true")}, plan.Wish{Copies: 3}, "a a/a-d1 a/a-d2", ""},
+		{"nodes are soft: as the dialect says it", []nodes{spread("a::50:2"), set(softNodes, `{"v1":"true"}`)}, plan.Wish{Copies: 2}, "a a/a-d1", ""},
+		{"nodes are soft for another engine", []nodes{spread("a::50:2"), set(softNodes, `{"v2":"true"}`)}, plan.Wish{Copies: 2}, "a", "has a copy already"},
+		{"nodes are soft: another node first", []nodes{spread("a::50:2", "b::10:1"), set(softNodes, "true")}, plan.Wish{Copies: 3}, "a b a/a-d1", ""},
+		{"disks are soft: the same one again", []nodes{spread("a::50:1"), set(softNodes, "true")}, plan.Wish{Copies: 3}, "a a a", ""},
+		{"disks are hard", []nodes{spread("a::50:2"), set(softNodes, "true"), set(softDisks, "false")}, plan.Wish{Copies: 3}, "a a/a-d1", "node a, disk d1: has a copy already"},
+		{"five copies, two zones, soft: evenly", []nodes{spread("a:x:50:1", "b:y:50:1", "c:y:40:1"), set(softNodes, "true")}, plan.Wish{Copies: 5}, "a b c a b", ""},
+		{"an unused node before an unused zone's used one", []nodes{spread("a:x:50:1", "b:y:50:1", "c:y:20:1", "d:y:10:1"), set(softNodes, "true")}, plan.Wish{Copies: 4}, "a b c d", ""},
+		{"most left, not most free", []nodes{spread("a::60:1", "b::50:1"), func(p *picture) {
+			p.volume(catalog.VolumeWanted{Name: "other", SizeBytes: 70 * gib, Replicas: []catalog.Placement{{ReplicaID: "x", Node: "a", DiskID: "a-d"}}})
+		}}, plan.Wish{Copies: 1, SizeBytes: gib}, "b", ""},
+		{"what is to go counts too", []nodes{spread("a::60:1", "b::50:1"), func(p *picture) {
+			p.volume(catalog.VolumeWanted{Name: "other", SizeBytes: 70 * gib, Dropped: []catalog.Placement{{ReplicaID: "x", Node: "a", DiskID: "a-d"}}})
+		}}, plan.Wish{Copies: 1, SizeBytes: gib}, "b", ""},
+		{"images count too", []nodes{spread("a::60:1", "b::50:1"), func(p *picture) {
+			p.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{Name: "i", ID: "i", Disks: []string{"a-d"}}).
+				put(catalog.ImageKey(catalog.Observed, "i"), catalog.ImageObserved{Name: "i", ID: "i", SizeBytes: 70 * gib})
+		}}, plan.Wish{Copies: 1, SizeBytes: gib}, "b", ""},
+		{"what is on its way there counts", []nodes{spread("a::60:1", "b::50:1"), func(p *picture) {
+			w := catalog.VolumeWanted{Name: "other", Replicas: []catalog.Placement{{ReplicaID: "x", Node: "b", DiskID: "b-d"}, {ReplicaID: "y", Node: "a", DiskID: "a-d", CopyOf: "x"}}}
+			p.volume(w).put(catalog.VolumeKey(catalog.Observed, "other"), catalog.VolumeObserved{ID: "id-other", Replicas: []catalog.ReplicaObserved{{ReplicaID: "x", AllocatedBytes: 54 * gib}}})
+		}}, plan.Wish{Copies: 2, NeedBytes: gib}, "b", "node a, disk d: 55 GiB are to be copied there, of 60 GiB free"},
+		{"disks of different sizes fill alike", []nodes{spread("b::90:1"), func(p *picture) {
+			p.node("a", onDisk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.TotalBytes, o.FreeBytes = 1000*gib, 800*gib }))
+		}}, plan.Wish{Copies: 1, SizeBytes: 20 * gib}, "a", ""},
+		{"reserved is not offered", []nodes{spread("a::50:1", "b::50:1"), func(p *picture) {
+			p.node("a", onDisk(func(w *catalog.DiskWanted, o *catalog.DiskObserved) {
+				w.StorageReservedBytes, o.FreeBytes = 20*gib, 90*gib
+			})).node("b", setFree(90*gib))
+		}}, plan.Wish{Copies: 1, SizeBytes: 50 * gib}, "b", ""},
+		{"reserved counts against over-provisioning", []nodes{spread("a::90:1"), set(catalog.SettingOverProvisioning, "100"), func(p *picture) {
+			p.node("a", onDisk(func(w *catalog.DiskWanted, o *catalog.DiskObserved) {
+				w.StorageReservedBytes, o.FreeBytes = 40*gib, 90*gib
+			}))
+		}}, plan.Wish{Copies: 1, SizeBytes: 61 * gib}, "", "61 GiB asked for and 0 B promised already, of 60 GiB (100 % of 60 GiB)"},
+		{"copies count against each other", []nodes{spread("a::50:1"), set(softNodes, "true"), set(catalog.SettingOverProvisioning, "100")}, plan.Wish{Copies: 3, SizeBytes: 40 * gib}, "a a", "40 GiB asked for and 80 GiB promised already"},
+		{"ready image before one on its way before none", []nodes{spread("a::60:1", "b::50:1", "c::40:1"), func(p *picture) {
+			p.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{Name: "i", ID: "i", Disks: []string{"b-d", "c-d"}}).
+				put(catalog.ImageKey(catalog.Observed, "i"), catalog.ImageObserved{Name: "i", ID: "i", Disks: map[string]catalog.ImageOnDisk{"c-d": {State: catalog.ImageReady}}})
+		}}, plan.Wish{Copies: 3, ImageID: "i"}, "c b a", ""},
+		{"far from the others before the image", []nodes{spread("a:x:60:1", "b:x:50:1", "c:y:40:1"), func(p *picture) {
+			p.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{Name: "i", ID: "i", Disks: []string{"a-d", "b-d"}})
+		}}, plan.Wish{Copies: 2, ImageID: "i"}, "a c", ""},
+		{"a node's tag is no disk's", []nodes{func(p *picture) {
+			p.node("a", func(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Tags = []string{"ssd"} })
+		}}, plan.Wish{Copies: 1, DiskTags: []string{"ssd"}}, "", `node a, disk d: the disk has no tag "ssd"`},
+		{"a disk's tag is no node's", []nodes{func(p *picture) {
+			p.node("a", onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.Tags = []string{"fast"} }))
+		}}, plan.Wish{Copies: 1, NodeTags: []string{"fast"}}, "", `node a: the node has no tag "fast"`},
+		{"all tags", []nodes{func(p *picture) {
+			p.node("a", func(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Tags = []string{"x"} })
+			p.node("b", func(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Tags = []string{"y", "x"} })
+		}}, plan.Wish{Copies: 2, NodeTags: []string{"x", "y"}}, "b", `node a: the node has no tag "y"`},
+		{"a window that nobody says", []nodes{spread("a::50:1")}, plan.Wish{Copies: 1, API: plan.Window{Min: 7, Current: 7}}, "a", ""},
+		{"a leader that says none", []nodes{func(p *picture) {
+			p.node("a", func(_ *catalog.NodeWanted, o *catalog.NodeObserved) { o.APIMin, o.APICurrent = 9, 9 })
+		}}, plan.Wish{Copies: 1}, "a", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := newPicture(t)
+			for _, f := range c.build {
+				f(p)
+			}
+			at, why := plan.PlaceCopies(p.v, c.wish)
+			var short []string
+			for _, s := range at {
+				node, disk, _ := strings.Cut(s, "/")
+				if disk == node+"-d" {
+					s = node
+				}
+				short = append(short, s)
+			}
+			if got := strings.Join(short, " "); got != c.want {
+				t.Errorf("placed on %q, want %q (%v)", got, c.want, why)
+			}
+			if text := strings.Join(why, "; "); !strings.Contains(text, c.why) || (c.why == "") != (text == "") {
+				t.Errorf("because %q, want %q", text, c.why)
+			}
+		})
+	}
+}
+
+// TestPlaceAtRandom: whatever the nodes, zones and rules, no copy is where a rule forbids it, as many are placed as the rules allow (greedily: nodes), the best spread is taken where rules
+// are soft, and the same picture, put together in another order, gives the same places.
+func TestPlaceAtRandom(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for range 500 {
+		n, zones, copies := 1+rng.IntN(6), 1+rng.IntN(3), 1+rng.IntN(5)
+		softNodes, softZones := rng.IntN(2) == 0, rng.IntN(2) == 0
+		zoneOf, frees := map[string]string{}, map[string]int64{}
+		var names []string
+		for i := range n {
+			name := fmt.Sprint("n", i)
+			names = append(names, name)
+			zoneOf[name], frees[name] = fmt.Sprint("z", rng.IntN(zones)), 6+rng.Int64N(90)
+		}
+		build := func() []string {
+			p := newPicture(t).put(catalog.SettingKey(catalog.SettingSoftNodes), catalog.Setting{Value: fmt.Sprint(softNodes)}).
+				put(catalog.SettingKey(catalog.SettingSoftZones), catalog.Setting{Value: fmt.Sprint(softZones)})
+			for _, name := range names {
+				p.node(name, setFree(frees[name]*gib), func(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Zone = zoneOf[name] })
+			}
+			at, _ := plan.PlaceCopies(p.v, plan.Wish{Copies: copies, SizeBytes: gib})
+			return at
+		}
+		at := build()
+		rng.Shuffle(n, func(i, j int) { names[i], names[j] = names[j], names[i] })
+		if again := build(); !slices.Equal(at, again) {
+			t.Fatalf("%v, in another order %v", at, again)
+		}
+		onNode, inZone, used := map[string]int{}, map[string]int{}, map[string]bool{}
+		for _, z := range zoneOf {
+			used[z] = true
+		}
+		for _, s := range at {
+			node, _, _ := strings.Cut(s, "/")
+			onNode[node]++
+			inZone[zoneOf[node]]++
+		}
+		want := copies
+		if !softNodes {
+			want = min(want, n)
+		}
+		if !softZones {
+			want = min(want, len(used))
+		}
+		if len(at) != want {
+			t.Fatalf("%d copies of %d on %d nodes in %d zones (soft nodes %v, zones %v): %v", len(at), copies, n, len(used), softNodes, softZones, at)
+		}
+		if len(inZone) != min(want, len(used)) || softZones && len(onNode) != min(want, n) {
+			t.Fatalf("%v are on %d nodes in %d zones, of %d in %d", at, len(onNode), len(inZone), n, len(used))
+		}
+	}
+}
+
+// TestSelectors: a volume goes where its own selectors and its image's let it.
+func TestSelectors(t *testing.T) {
+	for _, c := range []struct {
+		node, disk, imageNode, imageDisk []string // selectors
+		want                             string   // or part of the reason
+	}{
+		{nil, nil, nil, nil, "n1"},
+		{[]string{"fast"}, nil, nil, nil, "n2"},
+		{nil, []string{"ssd"}, nil, nil, "n3"},
+		{nil, nil, []string{"fast"}, nil, "n2"},
+		{nil, nil, nil, []string{"ssd"}, "n3"},
+		{[]string{"fast"}, nil, nil, []string{"ssd"}, "n4"},
+		{nil, []string{"ssd"}, []string{"fast"}, nil, "n4"},
+		{[]string{"fast"}, []string{"ssd"}, []string{"fast"}, []string{"ssd"}, "n4"},
+		{[]string{"ssd"}, nil, nil, nil, `node n4: the node has no tag "ssd"`},
+		{nil, []string{"fast"}, nil, nil, `node n4, disk d: the disk has no tag "fast"`},
+		{nil, nil, nil, []string{"gold"}, `node n1, disk d: the disk has no tag "gold"`},
+	} {
+		tags := func(node, disk []string) func(*catalog.NodeWanted, *catalog.NodeObserved) {
+			return func(w *catalog.NodeWanted, o *catalog.NodeObserved) {
+				w.Tags = node
+				onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.Tags = disk })(w, o)
+			}
+		}
+		p := newPicture(t).node("n1").node("n2", tags([]string{"fast"}, nil)).node("n3", tags(nil, []string{"ssd"})).node("n4", setFree(20*gib), tags([]string{"fast"}, []string{"ssd"}))
+		p.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{Name: "i", ID: "id-i", NodeSelector: c.imageNode, DiskSelector: c.imageDisk})
+		p.volume(catalog.VolumeWanted{Name: "v", Image: "i", ImageID: "id-i", NodeSelector: c.node, DiskSelector: c.disk})
+		ws := p.cluster()
+		got := ""
+		if w, ok := find[catalog.VolumeWanted](ws); ok {
+			got = w.Replicas[0].Node
+		} else if o, ok := find[catalog.VolumeObserved](ws); ok {
+			got = o.Conditions[catalog.ConditionScheduled].Message
+		}
+		if got != c.want && !strings.Contains(got, c.want+";") && !strings.HasSuffix(got, c.want) {
+			t.Errorf("selectors %v: %q, want %q", c, got, c.want)
 		}
 	}
 }

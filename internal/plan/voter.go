@@ -1,0 +1,275 @@
+package plan
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"ashlar/internal/catalog"
+)
+
+// maxVoters is how many nodes keep the catalogue.
+const maxVoters = 3
+
+// Voters is how many of n nodes are to keep the catalogue (docs/formats/catalog.md, section 7): never two, because of two neither may be silent; the second is seated with the third.
+func Voters(n int) int {
+	if n == 2 {
+		return 1
+	}
+	return min(n, maxVoters)
+}
+
+// left is what lies on a node, as far as records say, and what its eviction waits for.
+type left struct {
+	replicas []string // volumes
+	images   []imageOn
+	tickets  []string // volumes
+	waits    []wait
+}
+
+type imageOn struct {
+	image, diskID string
+}
+
+// wait is something on a disk that is to be emptied. An empty text: it is under way.
+type wait struct {
+	diskID, kind, text string
+}
+
+func (l *left) none() bool { return len(l.replicas)+len(l.images)+len(l.tickets) == 0 }
+
+// nodes writes what becomes of nodes: who keeps the catalogue, what is in the way of emptying one, and the end of one that was removed.
+func (c *leader) nodes() []Write {
+	var out []Write
+	seats := c.seats()
+	for _, name := range sorted(c.v.Nodes) {
+		n := c.v.Nodes[name]
+		group := "node/" + name
+		if !n.Wanted.Is() {
+			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Observed, name), Was: n.Observed.Rev})
+			continue
+		}
+		w := n.Wanted.Value
+		if seat, ok := seats[name]; ok {
+			w.Voter = seat
+			reason := "Voter"
+			if !seat {
+				reason = "NoVoter"
+			}
+			ev := note(c.in.Now, catalog.Normal, catalog.KindNode, name, reason)
+			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Value: w, Was: n.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
+		} else if w.Deleted != nil && (w.Lost || c.left[name].none()) && c.others(name) > 0 {
+			ev := note(c.in.Now, catalog.Normal, catalog.KindNode, name, "Removed")
+			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Was: n.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
+			if n.Observed.Is() {
+				out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Observed, name), Was: n.Observed.Rev})
+			}
+			continue
+		}
+		out = append(out, c.evictingNode(name, n)...)
+	}
+	return out
+}
+
+// others counts the nodes that stay, one apart.
+func (c *leader) others(but string) int {
+	n := 0
+	for name, node := range c.v.Nodes {
+		if name != but && node.Wanted.Is() && node.Wanted.Value.Deleted == nil {
+			n++
+		}
+	}
+	return n
+}
+
+// seats says whose seat among those that keep the catalogue is given or taken, if the cluster keeps its catalogue itself. A seat is taken only from a node that a person
+// removed, never for silence: nobody can tell one that is cut off from one that is dead, and every change of seats needs the others. It is given to a node that is up.
+func (c *leader) seats() map[string]bool {
+	out := map[string]bool{}
+	embedded, nodes, seated := false, 0, 0
+	for name, n := range c.v.Nodes {
+		w := &n.Wanted.Value
+		embedded = embedded || w.Voter
+		switch {
+		case !n.Wanted.Is():
+		case w.Deleted == nil:
+			nodes++
+			if w.Voter {
+				seated++
+			}
+		case w.Voter && c.others(name) > 0:
+			out[name] = false
+		}
+	}
+	if !embedded {
+		return nil
+	}
+	for _, name := range sorted(c.v.Nodes) {
+		n := c.v.Nodes[name]
+		if seated >= Voters(nodes) {
+			break
+		}
+		if w := &n.Wanted.Value; n.Wanted.Is() && !w.Voter && w.Deleted == nil && c.v.Up(name) {
+			out[name] = true
+			seated++
+		}
+	}
+	return out
+}
+
+// evictingNode says on a node and its disks that are to be emptied what is left, and what is in the way.
+func (c *leader) evictingNode(name string, n Node) []Write {
+	if !n.Observed.Is() {
+		return nil
+	}
+	l, w := c.left[name], &n.Wanted.Value
+	var all *catalog.Condition
+	if w.EvictionRequested || w.Deleted != nil {
+		all = l.condition("")
+	}
+	o := n.Observed.Value
+	changed := differs(o.Conditions, all)
+	if changed {
+		o.Conditions = c.withEvicting(o.Conditions, all)
+	}
+	for _, disk := range sorted(o.Disks) {
+		d := o.Disks[disk]
+		var one *catalog.Condition
+		if w.Disks[disk].EvictionRequested {
+			one = l.condition(d.DiskID)
+		}
+		if !differs(d.Conditions, one) {
+			continue
+		}
+		d.Conditions = c.withEvicting(d.Conditions, one)
+		disks := make(map[string]catalog.DiskObserved, len(o.Disks))
+		for k, v := range o.Disks {
+			disks[k] = v
+		}
+		disks[disk] = d
+		o.Disks, changed = disks, true
+	}
+	if !changed {
+		return nil
+	}
+	return []Write{{Group: "node/" + name, Key: catalog.NodeKey(catalog.Observed, name), Value: o, Was: n.Observed.Rev}}
+}
+
+func differs(m map[string]catalog.Condition, c *catalog.Condition) bool {
+	is, ok := m[catalog.ConditionEvicting]
+	return ok != (c != nil) || c != nil && (is.Status != c.Status || is.Message != c.Message)
+}
+
+func (c *leader) withEvicting(m map[string]catalog.Condition, evicting *catalog.Condition) map[string]catalog.Condition {
+	m = copyConditions(m)
+	was, had := m[catalog.ConditionEvicting]
+	if delete(m, catalog.ConditionEvicting); evicting != nil {
+		if had {
+			m[catalog.ConditionEvicting] = was
+		}
+		setCondition(m, catalog.ConditionEvicting, *evicting, c.in.Now)
+	}
+	return m
+}
+
+// condition says how the emptying of a node goes, or of one disk of it.
+func (l *left) condition(diskID string) *catalog.Condition {
+	volumes, images := 0, 0
+	var texts []string
+	for _, x := range l.waits {
+		if diskID != "" && x.diskID != diskID {
+			continue
+		}
+		if x.kind == "volume" {
+			volumes++
+		} else {
+			images++
+		}
+		if x.text != "" {
+			texts = append(texts, x.text)
+		}
+	}
+	if diskID == "" { // with a copy that is being deleted, and one that is on its way here
+		volumes, images = max(volumes, len(l.replicas)), max(images, len(l.images))
+	}
+	c := &catalog.Condition{Status: catalog.ConditionTrue, Reason: "UnderWay", Message: fmt.Sprintf("left: %d copies of volumes, %d of images", volumes, images)}
+	if volumes+images == 0 {
+		c.Reason, c.Message = "Empty", "nothing is left"
+	}
+	if len(texts) > 0 {
+		c.Status, c.Reason = catalog.ConditionFalse, "Waiting"
+		c.Message += "; " + few(texts, "; ")
+	}
+	return c
+}
+
+// few lists the first of many.
+func few(list []string, by string) string {
+	const most = 3
+	if len(list) <= most {
+		return strings.Join(list, by)
+	}
+	return strings.Join(list[:most], by) + fmt.Sprintf("%sand %d more", by, len(list)-most)
+}
+
+// Removal is a person's wish to remove a node.
+type Removal struct {
+	Node string
+	Lost bool // by force: what lies there is given up
+}
+
+// RefuseRemoval says why a node cannot be removed; nothing: it can.
+func RefuseRemoval(v *View, r Removal) []string {
+	n := v.Nodes[r.Node]
+	if !n.Wanted.Is() {
+		return []string{"there is no node " + r.Node}
+	}
+	c := newLeader(ClusterInput{View: v})
+	voters, up := 0, 0
+	for name, other := range v.Nodes {
+		if w := &other.Wanted.Value; name != r.Node && other.Wanted.Is() && w.Voter && w.Deleted == nil {
+			if voters++; v.Up(name) {
+				up++
+			}
+		}
+	}
+	live := up
+	if v.Up(r.Node) {
+		live++
+	}
+	var why []string
+	switch {
+	case c.others(r.Node) == 0:
+		return []string{"it is the last node of the cluster"}
+	case n.Wanted.Value.Voter && voters == 0:
+		why = append(why, "it is the only node that keeps the catalogue; with a third node there will be others")
+	case n.Wanted.Value.Voter && live <= (voters+1)/2:
+		why = append(why, fmt.Sprintf("it is one of %d nodes that keep the catalogue, and only %d of the others are up: the catalogue could not be changed", voters+1, up))
+	}
+	if r.Lost {
+		if v.Up(r.Node) {
+			why = append(why, "it is up; have it emptied first, or stop it if it is to be given up with all that it has")
+		}
+		return why
+	}
+	for _, img := range v.Images {
+		if img.Wanted.Is() {
+			c.liesImage(img)
+		}
+	}
+	l := c.left[r.Node]
+	slices.SortFunc(l.images, func(a, b imageOn) int { return strings.Compare(a.image, b.image) })
+	var images []string
+	for _, x := range l.images {
+		images = append(images, x.image)
+	}
+	for _, x := range []struct {
+		what  string
+		names []string
+	}{{"volumes are to be attached there: ", l.tickets}, {"volumes have a copy there: ", l.replicas}, {"images have a copy there: ", slices.Compact(images)}} {
+		if len(x.names) > 0 {
+			why = append(why, fmt.Sprintf("%d %s%s", len(x.names), x.what, few(x.names, ", ")))
+		}
+	}
+	return why
+}
