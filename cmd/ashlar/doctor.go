@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ashlar/internal/api"
-	"ashlar/internal/api/client"
 	dataclient "ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 )
@@ -78,6 +77,7 @@ func (a *app) diagnose(ctx context.Context) []finding {
 	all = append(all, a.lookAtConfig()...)
 	all = append(all, lookAtMachine()...)
 	all = append(all, a.lookAtDirectories()...)
+	all = append(all, a.lookAtCertificates()...)
 	all = append(all, a.lookAtProcesses(ctx)...)
 	return append(all, a.lookAtNode(ctx)...)
 }
@@ -143,11 +143,7 @@ func kernelVersion(release string) (major, minor int) {
 // lookAtDirectories is where the node keeps things.
 func (a *app) lookAtDirectories() []finding {
 	var out []finding
-	dataDir := optionOf("data-dir").value
-	if file, err := configFile(a.configPath()); err == nil && file["data-dir"] != "" {
-		dataDir = file["data-dir"]
-	}
-	dataDir = a.env("ASHLAR_DATA_DIR", dataDir)
+	dataDir := a.dataDir()
 	var st unix.Statfs_t
 	switch err := unix.Statfs(dataDir, &st); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -164,6 +160,15 @@ func (a *app) lookAtDirectories() []finding {
 		out = append(out, problem("others may write to the run directory "+a.runDir, "chmod 0755 "+a.runDir))
 	}
 	return out
+}
+
+// dataDir is where the node of this machine keeps things.
+func (a *app) dataDir() string {
+	dir := optionOf("data-dir").value
+	if file, err := configFile(a.configPath()); err == nil && file["data-dir"] != "" {
+		dir = file["data-dir"]
+	}
+	return a.env("ASHLAR_DATA_DIR", dir)
 }
 
 func lookAtSpace(dir string, st *unix.Statfs_t) finding {
@@ -266,14 +271,15 @@ func (a *app) lookAtNode(ctx context.Context) []finding {
 			out = append(out, problem(fmt.Sprintf("image %s: %s", i.Name, state.message), "ashlar image show "+i.Name+"; delete it and import it again"))
 		}
 	}
-	return append(out, lookAtSockets(c, s)...)
+	out = append(out, a.lookAtCluster(ctx, c, s)...)
+	return append(out, lookAtSockets(s)...)
 }
 
 // lookAtSockets finds volumes that are said to be attached and cannot be reached.
-func lookAtSockets(_ *client.Client, s status) []finding {
+func lookAtSockets(s status) []finding {
 	var out []finding
 	for _, v := range s.Volumes {
-		if v.State == "attached" && len(v.Controllers) > 0 && v.Controllers[0].Endpoint != "" && !reachable(v.Controllers[0].Endpoint) {
+		if v.State == "attached" && len(v.Controllers) > 0 && v.Controllers[0].HostID == s.About.Node && v.Controllers[0].Endpoint != "" && !reachable(v.Controllers[0].Endpoint) {
 			out = append(out, problem(fmt.Sprintf("volume %s is attached, and nobody listens at %s", v.Name, v.Controllers[0].Endpoint), "wait a few seconds and look again; else `ashlar support-bundle`"))
 		}
 	}

@@ -33,7 +33,11 @@ itself the file is written there, with its holes; from another machine it is dow
 				}
 			}
 			return a.withNode(func(c *client.Client) error {
-				if args[1] == "-" || !a.onNode() {
+				here, err := a.volumeHere(cmd.Context(), c, args[0])
+				if err != nil {
+					return err
+				}
+				if args[1] == "-" || !here {
 					if n.Compress != "" {
 						return api.Failure(api.CodeInvalid, "volume %s: --compress needs a file on the node that has the volume", args[0])
 					}
@@ -50,6 +54,23 @@ itself the file is written there, with its holes; from another machine it is dow
 	cmd.Flags().StringVar(&n.Snapshot, "snapshot", "", "what to write; default: the present")
 	cmd.Flags().StringVar(&n.Compress, "compress", "", "of qcow2: zlib or zstd; default: not at all")
 	return a.waits(cmd, 0)
+}
+
+// volumeHere tells whether the node that has a volume is the one that is asked, over its socket: it can write a file for us.
+func (a *app) volumeHere(ctx context.Context, c *client.Client, name string) (bool, error) {
+	if !a.onNode() {
+		return false, nil
+	}
+	v, err := c.Volume(ctx, name)
+	if err != nil {
+		return false, err
+	}
+	about, err := c.About(ctx)
+	host := v.Controllers[0].HostID
+	if host == "" {
+		host = v.Replicas[0].HostID
+	}
+	return host == "" || host == about.Node, err
 }
 
 // onNode tells whether commands go to the node over its socket, so that files here are files there.

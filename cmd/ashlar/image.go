@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,7 +25,7 @@ func (a *app) imageCommand() *cobra.Command {
 
 func (a *app) imageImport() *cobra.Command {
 	var src importSource
-	var copies int
+	var n client.NewImage
 	cmd := &cobra.Command{
 		Use:   "import NAME [URL|FILE|-]",
 		Short: "Import an image: from a URL, a file, standard input, or a volume",
@@ -48,7 +49,8 @@ input, or from a file on another machine than the node: those bytes come through
 			}
 			return a.withNode(func(c *client.Client) error {
 				start := a.now()
-				img, err := a.importImage(cmd.Context(), c, client.NewImage{Name: args[0], Copies: copies}, src)
+				n.Name = args[0]
+				img, err := a.importImage(cmd.Context(), c, n, src)
 				if err != nil {
 					return err
 				}
@@ -65,7 +67,8 @@ input, or from a file on another machine than the node: those bytes come through
 	cmd.Flags().StringVar(&src.sum, "checksum", "", "what the file must have: sha512:HEX or sha256:HEX")
 	cmd.Flags().StringVar(&src.volume, "volume", "", "a volume to make it of")
 	cmd.Flags().StringVar(&src.snapshot, "snapshot", "", "of that volume; default: the present")
-	cmd.Flags().IntVar(&copies, "copies", 0, "on how many nodes to keep it; default 3, or as many as there are")
+	selectorFlags(cmd, &n.NodeSelector, &n.DiskSelector)
+	cmd.Flags().IntVar(&n.Copies, "copies", 0, "on how many nodes to keep it; default 3, or as many as there are")
 	return a.waits(cmd, 0)
 }
 
@@ -75,7 +78,8 @@ type importSource struct {
 }
 
 // open turns it into what the node is asked, and the bytes to be sent to it, if they come through us.
-func (s importSource) open(a *app, n *client.NewImage) (*client.Upload, error) {
+// alone tells that it may read a path itself.
+func (s importSource) open(alone bool, n *client.NewImage) (*client.Upload, error) {
 	n.ExpectedChecksum = s.sum
 	if s.volume != "" {
 		n.Volume, n.Snapshot = s.volume, s.snapshot
@@ -100,7 +104,7 @@ func (s importSource) open(a *app, n *client.NewImage) (*client.Upload, error) {
 	if !info.Mode().IsRegular() && info.Mode()&os.ModeDevice == 0 {
 		return nil, api.Failure(api.CodeInvalid, "image %s: %s is no file", n.Name, path)
 	}
-	if a.onNode() {
+	if alone {
 		n.Path = path
 		return nil, nil
 	}
@@ -112,9 +116,22 @@ func (s importSource) open(a *app, n *client.NewImage) (*client.Upload, error) {
 	return &client.Upload{Body: f, SizeBytes: info.Size()}, nil
 }
 
+// alone tells whether the only node there is is asked over its socket, so that a path here is a path wherever a copy is placed.
+func (a *app) alone(ctx context.Context, c *client.Client) (bool, error) {
+	if !a.onNode() {
+		return false, nil
+	}
+	nodes, err := c.Nodes(ctx)
+	return len(nodes) == 1, err
+}
+
 // importImage begins an import and, if wanted, waits for its end; bytes that come through us are always waited for.
 func (a *app) importImage(ctx context.Context, c *client.Client, n client.NewImage, src importSource) (img api.BackingImage, err error) {
-	up, err := src.open(a, &n)
+	alone, err := a.alone(ctx, c)
+	if err != nil {
+		return img, err
+	}
+	up, err := src.open(alone, &n)
 	if err != nil {
 		return img, err
 	}
@@ -170,7 +187,7 @@ func (a *app) importFor(ctx context.Context, c *client.Client, n client.NewVolum
 	wait, timeout := a.noWait, a.timeout
 	a.noWait, a.timeout = false, 0
 	defer func() { a.noWait, a.timeout = wait, timeout }()
-	_, err := a.importImage(ctx, c, client.NewImage{Name: n.Name, Copies: n.Copies}, src)
+	_, err := a.importImage(ctx, c, client.NewImage{Name: n.Name, NodeSelector: n.NodeSelector, DiskSelector: n.DiskSelector}, src)
 	return err
 }
 
@@ -236,15 +253,26 @@ func (a *app) imageList() *cobra.Command {
 					return err
 				}
 				return a.print(list, func() {
-					rows := [][]string{{"NAME", "STATE", ">SIZE", ">RECEIVED", "FORMAT", "CREATED"}}
+					rows := [][]string{{"NAME", "STATE", ">SIZE", ">RECEIVED", "FORMAT", "COPIES", "CREATED"}}
 					for _, i := range list {
-						rows = append(rows, []string{i.Name, imageState(i).String(), size(i.VirtualSize), size(i.Size), dash(i.Format), a.ago(i.Created)})
+						rows = append(rows, []string{i.Name, imageState(i).String(), size(i.VirtualSize), size(i.Size), dash(i.Format), readyCopies(i), a.ago(i.Created)})
 					}
 					a.table(rows)
 				})
 			})
 		},
 	}
+}
+
+// readyCopies says how many copies are ready of how many wanted.
+func readyCopies(i api.BackingImage) string {
+	n := 0
+	for _, d := range i.DiskFileStatusMap {
+		if d.State == "ready" {
+			n++
+		}
+	}
+	return fmt.Sprintf("%d/%d", n, i.MinNumberOfCopies)
 }
 
 func (a *app) imageShow() *cobra.Command {
@@ -256,24 +284,33 @@ func (a *app) imageShow() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return a.print(img, func() { a.showImage(img) })
+				nodes, err := c.Nodes(cmd.Context())
+				if err != nil {
+					return err
+				}
+				return a.print(img, func() { a.showImage(img, nodes) })
 			})
 		},
 	}
 }
 
-func (a *app) showImage(img api.BackingImage) {
+func (a *app) showImage(img api.BackingImage, nodes []api.Node) {
+	place := map[string]string{} // of a disk, by its id
+	for _, d := range disksOf(nodes, "") {
+		place[d.DiskUUID] = d.Node + "/" + d.Name
+	}
 	sum := img.CurrentChecksum
 	if sum != "" {
 		sum = "sha512:" + sum
 	}
 	a.fields("Name", img.Name, "State", imageState(img).String(), "Source", img.Parameters["url"]+img.Parameters["path"], "Format", img.Format,
-		"Size", api.FormatSize(img.VirtualSize), "Received", api.FormatSize(img.Size), "Checksum", sum, "Digest", img.Digest, "Created", a.ago(img.Created), "Id", img.UUID)
+		"Size", api.FormatSize(img.VirtualSize), "Received", api.FormatSize(img.Size), "Checksum", sum, "Digest", img.Digest, "Created", a.ago(img.Created),
+		"Copies", fmt.Sprintf("%d wanted", img.MinNumberOfCopies), "Node selector", strings.Join(img.NodeSelector, ", "), "Disk selector", strings.Join(img.DiskSelector, ", "), "Id", img.UUID)
 	a.say("")
 	rows := [][]string{{"DISK", "STATE", ">PROGRESS", ">ON DISK", "MESSAGE"}}
 	for _, disk := range slices.Sorted(maps.Keys(img.DiskFileStatusMap)) {
 		d := img.DiskFileStatusMap[disk]
-		rows = append(rows, []string{disk, dash(d.State), fmt.Sprintf("%d %%", d.Progress), size(d.AllocatedBytes), dash(strings.TrimSpace(d.Message))})
+		rows = append(rows, []string{cmp.Or(place[disk], disk), dash(d.State), fmt.Sprintf("%d %%", d.Progress), size(d.AllocatedBytes), dash(strings.TrimSpace(d.Message))})
 	}
 	a.table(rows)
 }

@@ -49,9 +49,10 @@ func TestScripts(t *testing.T) {
 			if err := os.MkdirAll(runDir, 0o755); err != nil {
 				return err
 			}
-			stop, err := fakeNode(runDir)
+			mem, stop, err := fakeNode(runDir)
 			if err == nil {
 				env.Defer(stop)
+				env.Values["records"] = mem
 			}
 			return err
 		},
@@ -69,6 +70,10 @@ func TestScripts(t *testing.T) {
 						return
 					}
 				}
+			},
+			// cluster: the node n1 becomes one of three, of which n3 is down.
+			"cluster": func(ts *testscript.TestScript, _ bool, _ []string) {
+				ts.Check(threeNodes(ts.Value("records").(*catalog.Mem)))
 			},
 			// exits CODE COMMAND…: the command must end with this exit code.
 			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
@@ -91,12 +96,12 @@ func TestScripts(t *testing.T) {
 }
 
 // fakeNode serves the API on runDir/api.sock until stop is called.
-func fakeNode(runDir string) (stop func(), err error) {
-	mem := catalog.NewMem()
+func fakeNode(runDir string) (mem *catalog.Mem, stop func(), err error) {
+	mem = catalog.NewMem()
 	standIn := &catalogtest.StandIn{Catalog: mem, Node: "n1", RunDir: "/run/ashlar"}
 	l, err := net.Listen("unix", client.Socket(runDir))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	srv := &http.Server{Handler: api.New(api.Config{Catalog: mem, Node: "n1", Version: "v0.1.0", Extra: &extra{}, OperationTimeout: 5 * time.Second})}
@@ -107,12 +112,48 @@ func fakeNode(runDir string) (stop func(), err error) {
 	if err == nil {
 		err = c.WaitReady(ctx)
 	}
-	return func() {
+	return mem, func() {
 		cancel()
 		srv.Close()
 		wg.Wait()
 		mem.Close()
 	}, err
+}
+
+// threeNodes makes the records of a cluster: n1 and n2 live, n3 does not.
+func threeNodes(mem *catalog.Mem) error {
+	ctx := context.Background()
+	for i, name := range []string{"n1", "n2", "n3"} {
+		_, _, err := catalog.Upsert(ctx, mem, catalog.NodeKey(catalog.Wanted, name), func(w *catalog.NodeWanted) error {
+			w.Name, w.ID, w.Voter, w.AllowScheduling = name, "id-of-"+name, true, true
+			if w.Disks == nil {
+				w.Disks = map[string]catalog.DiskWanted{"default": {Path: "/srv/ashlar", AllowScheduling: true}}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		yes := catalog.Condition{Status: catalog.ConditionTrue}
+		_, _, err = catalog.Upsert(ctx, mem, catalog.NodeKey(catalog.Observed, name), func(o *catalog.NodeObserved) error {
+			o.Name, o.Address, o.Port, o.Member, o.Version, o.Ready = name, "192.0.2."+strconv.Itoa(i+1), 9510, "voter", "v0.1.0", true
+			if o.Disks == nil {
+				o.Disks = map[string]catalog.DiskObserved{"default": {DiskID: "disk-of-" + name, TotalBytes: 1 << 40, FreeBytes: 1 << 39,
+					Conditions: map[string]catalog.Condition{catalog.ConditionReady: yes, catalog.ConditionSchedulable: yes}}}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if name == "n3" {
+			continue
+		}
+		if _, err := catalog.Write(ctx, mem, catalog.AliveKey(name), catalog.Alive{Node: name, Since: time.Now()}, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // TestTable aligns columns whatever is in them, and paints on a terminal only.

@@ -16,9 +16,13 @@ func untilAttached(ctx context.Context, c *client.Client) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		volumes, err := c.Volumes(ctx)
-		waiting := err != nil || c.Ready(ctx) != nil
+		about, err := c.About(ctx)
+		volumes, err2 := c.Volumes(ctx)
+		waiting := err != nil || err2 != nil || c.Ready(ctx) != nil
 		for _, v := range volumes {
+			if v.Controllers[0].HostID != about.Node {
+				continue // another node's guests wait for it
+			}
 			switch v.State {
 			case "attaching":
 				waiting = true

@@ -68,6 +68,8 @@ volumes that guests use over NBD, with snapshots that cost next to nothing.
   ashlar volume attach db1                             prints what to give to QEMU or libvirt
   ashlar snapshot create db1 before-upgrade
 
+Several machines: ashlar cluster init on the first, ashlar node join on the others; then any node answers for all.
+
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in use, 5 no answer,
 6 refused input, 7 problems found by a check, 8 not built yet, 130 interrupted.`,
 		Version:           version,
@@ -89,7 +91,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in us
 	flags.StringVar(&a.caFile, "ca-file", "", "file with the authority that signed the node's certificate; default: the system's (ASHLAR_CA_FILE)")
 	flags.StringVarP(&a.output, "output", "o", a.env("ASHLAR_OUTPUT", "table"), "how to print: table or json (ASHLAR_OUTPUT)")
 	root.AddCommand(a.serveCommands()...)
-	root.AddCommand(a.statusCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.settingCommand(), a.tokenCommand(), a.eventsCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
+	root.AddCommand(a.statusCommand(), a.nodeCommand(), a.diskCommand(), a.imageCommand(), a.volumeCommand(), a.snapshotCommand(), a.settingCommand(), a.tokenCommand(), a.eventsCommand(), a.dumpCommand(), a.checkCommand(), a.recoverCommand(),
 		a.shutdownCommand(), a.versionCommand(), a.configCommand(), a.doctorCommand(),
 		a.supportCommand(), a.clusterCommand(), a.manualCommand(), a.upgradeCommand(), a.devCommand())
 	checkArgs(root)

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,14 +16,15 @@ import (
 	"ashlar/internal/api/client"
 )
 
-// status is what `ashlar status -o json` prints.
+// status is what `ashlar status -o json` prints: everything. The table is made of the overview alone, whose size does not grow with the number of volumes.
 type status struct {
-	About   api.About          `json:"about"`
-	Ready   bool               `json:"ready"`
-	Nodes   []api.Node         `json:"nodes"`
-	Volumes []api.Volume       `json:"volumes"`
-	Images  []api.BackingImage `json:"images"`
-	Events  []api.Event        `json:"events"` // the last warnings
+	About    api.About           `json:"about"`
+	Ready    bool                `json:"ready"`
+	Nodes    []api.Node          `json:"nodes"`
+	Volumes  []api.Volume        `json:"volumes"`
+	Images   []api.BackingImage  `json:"images"`
+	Events   []api.Event         `json:"events"` // the last warnings
+	Problems []api.ObjectProblem `json:"problems"`
 }
 
 func (a *app) statusCommand() *cobra.Command {
@@ -40,11 +43,19 @@ func (a *app) statusCommand() *cobra.Command {
 						return stillGoing(err, "not every volume that is to be attached can be reached yet")
 					}
 				}
-				s, err := readStatus(cmd.Context(), c)
+				if a.output == "json" {
+					s, err := readStatus(cmd.Context(), c)
+					if err != nil {
+						return err
+					}
+					return a.print(s, nil)
+				}
+				o, err := c.Overview(cmd.Context())
 				if err != nil {
 					return err
 				}
-				return a.print(s, func() { a.showStatus(s) })
+				a.showStatus(o)
+				return nil
 			})
 		},
 	}
@@ -53,35 +64,44 @@ func (a *app) statusCommand() *cobra.Command {
 	return cmd
 }
 
+// readStatus asks for everything, side by side.
 func readStatus(ctx context.Context, c *client.Client) (s status, err error) {
 	if s.About, err = c.About(ctx); err != nil {
 		return s, err
 	}
-	s.Ready = c.Ready(ctx) == nil
-	if s.Nodes, err = c.Nodes(ctx); err != nil {
-		return s, err
+	var wg sync.WaitGroup
+	var o api.Overview
+	var failed [3]error
+	wg.Go(func() { o, failed[0] = c.Overview(ctx) })
+	wg.Go(func() { s.Volumes, failed[1] = c.Volumes(ctx) })
+	wg.Go(func() { s.Images, failed[2] = c.Images(ctx) })
+	wg.Wait()
+	s.Ready, s.Events, s.Problems, s.Nodes = o.Ready, o.Events, o.Problems, []api.Node{}
+	for _, n := range o.Nodes {
+		s.Nodes = append(s.Nodes, n.Node)
 	}
-	if s.Volumes, err = c.Volumes(ctx); err != nil {
-		return s, err
-	}
-	if s.Images, err = c.Images(ctx); err != nil {
-		return s, err
-	}
-	events, err := c.Events(ctx)
-	s.Events = slices.DeleteFunc(events, func(e api.Event) bool { return e.EventType == "Normal" })
-	s.Events = s.Events[max(0, len(s.Events)-5):]
-	return s, err
+	return s, errors.Join(failed[:]...)
 }
 
-func (a *app) showStatus(s status) {
+// showStatus prints what needs attention first, then what there is.
+func (a *app) showStatus(o api.Overview) {
 	ready := "ready"
-	if !s.Ready {
+	if !o.Ready {
 		ready = "not ready"
 	}
-	a.fields("Node", s.About.Node+" (ashlar "+s.About.Version+")", "State", ready, "Volumes", countVolumes(s.Volumes), "Images", fmt.Sprint(len(s.Images)))
+	clustered := len(o.Nodes) > 1 || len(o.Nodes) == 1 && o.Nodes[0].Port != 0
+	look := a.attention(o)
+	if clustered && look != "" {
+		a.say("%s\n", look)
+	}
+	a.fields("Node", o.Node+" (ashlar "+o.Version+")", "State", ready, "Nodes", countNodes(o.Nodes), "Volumes", countStates(o.Volumes), "Images", fmt.Sprint(o.Images))
 	a.say("")
+	if clustered {
+		a.nodeTable(o.Nodes)
+		return
+	}
 	rows := [][]string{{"NODE", "STATE", "DATA PROCESS", "DISK", ">SIZE", ">FREE", ">SCHEDULED", "PATH"}}
-	for _, n := range s.Nodes {
+	for _, n := range o.Nodes {
 		state := "ready"
 		if c := n.Conditions["Ready"]; c.Status != "True" {
 			state = "not ready"
@@ -103,51 +123,70 @@ func (a *app) showStatus(s status) {
 		}
 	}
 	a.table(rows)
-	a.attention(s)
+	if look != "" {
+		a.say("\n%s", look)
+	}
 }
 
-// attention lists what a person should look at.
-func (a *app) attention(s status) {
-	var lines []string
-	for _, n := range s.Nodes {
-		for _, name := range slices.Sorted(maps.Keys(n.Conditions)) {
-			if c := n.Conditions[name]; c.Status == "False" && c.Message != "" {
-				lines = append(lines, fmt.Sprintf("node %s: not %s: %s", n.Name, name, c.Message))
+// countNodes says how many nodes there are and how they are; "" for one alone.
+func countNodes(nodes []api.NodeOverview) string {
+	if len(nodes) == 1 {
+		return ""
+	}
+	states, voters, members := map[string]int{}, 0, 0
+	for _, n := range nodes {
+		states[n.State]++
+		if n.Voter {
+			voters++
+			if n.State != api.NodeDown && n.Member == "voter" {
+				members++
 			}
 		}
 	}
-	for _, v := range s.Volumes {
-		switch {
-		case v.Error != "":
-			lines = append(lines, fmt.Sprintf("volume %s: %s", v.Name, v.Error))
-		case v.Robustness == "faulted":
-			lines = append(lines, fmt.Sprintf("volume %s: faulted; `ashlar volume show %s`", v.Name, v.Name))
-		}
+	said := countStates(states)
+	if voters > 0 {
+		said += fmt.Sprintf("; %d of %d members of the catalogue vote", members, voters)
 	}
-	for _, i := range s.Images {
-		if state := imageState(i); state.failed {
-			lines = append(lines, fmt.Sprintf("image %s: failed: %s", i.Name, state.message))
-		}
-	}
-	for _, e := range s.Events {
-		lines = append(lines, fmt.Sprintf("%s: %s %s: %s", a.ago(e.Time), e.ObjectKind, e.ObjectName, e.Message))
-	}
-	if len(lines) > 0 {
-		a.say("\nLook at:\n  %s", strings.Join(lines, "\n  "))
-	}
+	return said
 }
 
-func countVolumes(list []api.Volume) string {
-	if len(list) == 0 {
-		return "0"
+// attention lists what a person should look at; "" if there is nothing.
+func (a *app) attention(o api.Overview) string {
+	var lines []string
+	for _, p := range o.Problems {
+		lines = append(lines, fmt.Sprintf("%s %s: %s", p.Kind, p.Name, p.Message))
 	}
+	if o.More > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more; `ashlar volume list`, `ashlar image list`", o.More))
+	}
+	for _, e := range o.Events {
+		lines = append(lines, fmt.Sprintf("%s: %s %s: %s", a.ago(e.Time), e.ObjectKind, e.ObjectName, e.Message))
+	}
+	if len(lines) == 0 {
+		return ""
+	}
+	return "Look at:\n  " + strings.Join(lines, "\n  ")
+}
+
+// countVolumes counts volumes by state.
+func countVolumes(list []api.Volume) string {
 	count := map[string]int{}
 	for _, v := range list {
 		count[v.State]++
 	}
+	return countStates(count)
+}
+
+// countStates says how many there are, and in which state.
+func countStates(count map[string]int) string {
 	var parts []string
+	sum := 0
 	for _, state := range slices.Sorted(maps.Keys(count)) {
 		parts = append(parts, fmt.Sprintf("%d %s", count[state], state))
+		sum += count[state]
 	}
-	return fmt.Sprintf("%d (%s)", len(list), strings.Join(parts, ", "))
+	if sum == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%d (%s)", sum, strings.Join(parts, ", "))
 }

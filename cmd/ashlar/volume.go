@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -31,7 +32,7 @@ Without --size a volume is as large as its image.
 
 With --from the content is imported first, as an image of the volume's name, which stays and may be the base of more volumes; what it may be is told by
 "ashlar image import --help".`,
-		Example: "  ashlar volume create db1 --image debian --size 20Gi\n  ashlar volume create scratch --size 500M\n  ashlar volume create old1 --from nbd://192.0.2.9/disk1\n  ashlar volume create old2 --from /srv/old2.vmdk.raw.gz",
+		Example: "  ashlar volume create db1 --image debian --size 20Gi\n  ashlar volume create scratch --size 500M\n  ashlar volume create fast1 --size 50Gi --node-selector rack7 --disk-selector nvme --data-locality best-effort\n  ashlar volume create old1 --from nbd://192.0.2.9/disk1\n  ashlar volume create old2 --from /srv/old2.vmdk.raw.gz",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n.Name = args[0]
@@ -55,17 +56,15 @@ With --from the content is imported first, as an image of the volume's name, whi
 	limitFlags(cmd.Flags(), &n.Limits)
 	cmd.Flags().StringVar(&n.Size, "size", "", "size; default: the image's")
 	cmd.Flags().StringVar(&n.Image, "image", "", "image to stand on")
-	cmd.Flags().IntVar(&n.Copies, "copies", 0, "copies to keep; default: 3, or as many as there are nodes")
+	cmd.Flags().IntVar(&n.Copies, "copies", 1, "copies to keep; this version keeps one, and the volume is degraded while more are wanted")
+	selectorFlags(cmd, &n.NodeSelector, &n.DiskSelector)
+	cmd.Flags().StringVar(&n.DataLocality, "data-locality", "", "disabled, or best-effort: its copy moves, when it is detached, to the node that used it last; default: the setting default-data-locality")
 	return a.waits(cmd, 30*time.Second)
 }
 
 func (a *app) createVolume(ctx context.Context, c *client.Client, n client.NewVolume) error {
-	if n.Copies == 0 {
-		copies, err := defaultCopies(ctx, c)
-		if err != nil {
-			return err
-		}
-		n.Copies = copies
+	if n.Copies > 1 {
+		fmt.Fprintf(a.err, "ashlar: volume %s: %d copies are recorded as wanted, and this version keeps one: it shows as degraded\n", n.Name, n.Copies)
 	}
 	start := a.now()
 	v, err := c.CreateVolume(ctx, n)
@@ -167,7 +166,8 @@ func (a *app) showVolume(v api.Volume) {
 		frontend += " (disabled for this attachment)"
 	}
 	a.fields("Name", v.Name, "State", v.State, "Health", v.Robustness, "Size", sizeOf(v.Size), "Used", size(used(v)), "Image", v.BackingImage, "Copies", copies(v),
-		"Node", ctl.HostID, "Frontend", frontend, "Endpoint", ctl.Endpoint, "Created", a.ago(v.Created), "Problem", v.Error)
+		"Node", ctl.HostID, "Frontend", frontend, "Endpoint", ctl.Endpoint, "Node selector", strings.Join(v.NodeSelector, ", "), "Disk selector", strings.Join(v.DiskSelector, ", "),
+		"Locality", locality(v), "Created", a.ago(v.Created), "Problem", v.Error)
 	a.say("")
 	rows := [][]string{{"COPY", "NODE", "DISK", "MODE", ">USED", "PATH"}}
 	for _, r := range v.Replicas {
@@ -185,12 +185,20 @@ func (a *app) showVolume(v api.Volume) {
 	}
 }
 
+// locality is a volume's, if it has one.
+func locality(v api.Volume) string {
+	if v.DataLocality == "disabled" {
+		return ""
+	}
+	return v.DataLocality
+}
+
 func (a *app) volumeDetach() *cobra.Command {
 	var d client.Detachment
 	cmd := &cobra.Command{
 		Use: "detach NAME", Short: "Take a volume back from its guest",
 		Long: `Detach a volume. Shut the guest down first: it loses its disk. A volume whose block device is mounted or open stays attached; with --force or --no-wait it is
-detached as soon as nobody uses it.`,
+detached as soon as nobody uses it. A volume whose node is down is detached at once, and can be attached elsewhere: should that node still write, the next writer ends it.`,
 		Example: "  ashlar volume detach db1", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withNode(func(c *client.Client) error {

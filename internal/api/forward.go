@@ -10,6 +10,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"slices"
+	"time"
 
 	"ashlar/internal/catalog"
 )
@@ -88,7 +89,8 @@ func (h *Handler) orForward(c *call, err error, what string) (any, error) {
 // nodeSet are the nodes, and which of them live.
 type nodeSet struct {
 	listed[catalog.NodeWanted, catalog.NodeObserved]
-	alive map[string]catalog.Alive
+	alive  map[string]catalog.Alive
+	silent map[string]time.Time // since when those that are down are, if loadNodesSince looked
 }
 
 func (h *Handler) loadNodes(ctx context.Context) (nodeSet, error) {
@@ -99,6 +101,22 @@ func (h *Handler) loadNodes(ctx context.Context) (nodeSet, error) {
 	}
 	lives, err := list[struct{}, catalog.Alive](ctx, h, catalog.KindAlive)
 	n.alive = lives.observed
+	return n, err
+}
+
+// loadNodesSince is loadNodes, and looks among the events for when those that are down fell silent.
+func (h *Handler) loadNodesSince(ctx context.Context) (nodeSet, error) {
+	n, err := h.loadNodes(ctx)
+	if err != nil || !slices.ContainsFunc(n.names(), n.down) {
+		return n, err
+	}
+	events, err := list[catalog.EventRecord, struct{}](ctx, h, catalog.KindEvent)
+	n.silent = map[string]time.Time{}
+	for _, e := range events.wanted {
+		if e.Kind == catalog.KindNode && e.Reason == catalog.ReasonNodeDown && e.Time.After(n.silent[e.Name]) {
+			n.silent[e.Name] = e.Time
+		}
+	}
 	return n, err
 }
 

@@ -13,7 +13,7 @@ import (
 )
 
 func (h *Handler) nodeList(c *call) (any, error) {
-	nodes, err := h.loadNodes(c.r.Context())
+	nodes, err := h.loadNodesSince(c.r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -25,7 +25,7 @@ func (h *Handler) nodeList(c *call) (any, error) {
 }
 
 func (h *Handler) nodeGet(c *call) (any, error) {
-	nodes, err := h.loadNodes(c.r.Context())
+	nodes, err := h.loadNodesSince(c.r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -45,12 +45,11 @@ const (
 
 // Reasons of a node's conditions, in the dialect's style.
 const (
-	reasonNodeDown   = "NodeDown"
-	reasonNotReady   = "NotReady"
-	reasonCordoned   = "AllowSchedulingFalse"
-	reasonNoDisk     = "NoSchedulableDisk"
-	reasonNotSeen    = "NotSeen"
-	silentForMessage = "nothing was heard of it for more than %d s: it is off, cut off, or its serve does not run"
+	reasonNodeDown = catalog.ReasonNodeDown
+	reasonNotReady = "NotReady"
+	reasonCordoned = "AllowSchedulingFalse"
+	reasonNoDisk   = "NoSchedulableDisk"
+	reasonNotSeen  = "NotSeen"
 )
 
 // node makes the resource.
@@ -113,8 +112,11 @@ func (n nodeSet) readiness(name string, said Condition) Condition {
 	said.Type = catalog.ConditionReady
 	switch {
 	case n.down(name):
-		said.Status, said.Reason, said.LastTransitionTime = catalog.ConditionFalse, reasonNodeDown, ""
-		said.Message = fmt.Sprintf(silentForMessage, int(catalog.AliveTTL.Seconds()))
+		said.Status, said.Reason, said.LastTransitionTime = catalog.ConditionFalse, reasonNodeDown, stamp(n.silent[name])
+		said.Message = fmt.Sprintf("nothing is heard of it for more than %d s: it is off, cut off, or its serve does not run", int(catalog.AliveTTL.Seconds()))
+		if t := n.silent[name]; !t.IsZero() {
+			said.Message = "nothing is heard of it since " + stamp(t) + ": it is off, cut off, or its serve does not run"
+		}
 	case n.observed[name].Ready:
 		said.Status, said.Reason, said.Message = catalog.ConditionTrue, "", ""
 	default:

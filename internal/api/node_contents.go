@@ -93,9 +93,12 @@ func (h *Handler) contents(ctx context.Context, nodes nodeSet, node string) (Nod
 
 // waits says what a volume's copy waits for before it can leave its place: a volume is moved while nobody uses it (docs/decisions/0017).
 func (v *volumeView) waits() string {
+	evicting, asked := v.observed.Conditions[catalog.ConditionEvicting]
 	switch {
 	case v.wanted.Deleted != nil:
 		return ""
+	case asked && evicting.Status == catalog.ConditionFalse && evicting.Message != "":
+		return evicting.Message
 	case len(v.wanted.Tickets) > 0:
 		return "it is attached to node " + v.wanted.Tickets[0].Node + "; it moves when it is detached"
 	}

@@ -68,7 +68,7 @@ func (h *Handler) overview(c *call) (any, error) {
 	}
 	status, _ := h.readyz(c.r)
 	out.Ready = status == http.StatusOK
-	nodes, err := h.loadNodes(ctx)
+	nodes, err := h.loadNodesSince(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -110,6 +110,13 @@ func (h *Handler) overviewNodes(c *call, nodes nodeSet, out *Overview) {
 		ready := n.Conditions[catalog.ConditionReady]
 		if ready.Status != catalog.ConditionTrue {
 			out.problem("node", name, n.State+": "+ready.Message)
+		}
+		for _, cond := range slices.Sorted(maps.Keys(n.Conditions)) {
+			s := n.Conditions[cond]
+			wished := cond == catalog.ConditionReady || cond == catalog.ConditionSchedulable && s.Reason != reasonNoDisk
+			if s.Status == catalog.ConditionFalse && s.Message != "" && !wished && n.State != NodeDown {
+				out.problem("node", name, "not "+cond+": "+s.Message)
+			}
 		}
 		if n.Voter {
 			voters++

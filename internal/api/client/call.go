@@ -34,7 +34,83 @@ func (c *Client) Node(ctx context.Context, name string) (api.Node, error) {
 	return one[api.Node](ctx, c, http.MethodGet, at("nodes", name, ""), nil)
 }
 
-// Shutdown stops the node that answers, which must be the named one. CodeInUse while volumes are attached to it, unless Force.
+// Overview gets what `ashlar status` shows: of bounded size, however many volumes there are.
+func (c *Client) Overview(ctx context.Context) (api.Overview, error) {
+	return one[api.Overview](ctx, c, http.MethodGet, "/v1/overview", nil)
+}
+
+// NodeChange changes what it has.
+type NodeChange struct {
+	AllowScheduling   *bool    `json:"allowScheduling,omitempty"`
+	EvictionRequested *bool    `json:"evictionRequested,omitempty"`
+	Tags              []string `json:"tags"` // nil: as they are; empty: none
+	PlacementZone     *string  `json:"placementZone,omitempty"`
+}
+
+// ChangeNode changes a node's wishes. CodeConflict with the reasons when it is to be emptied and what lies on it has nowhere to go.
+func (c *Client) ChangeNode(ctx context.Context, name string, n NodeChange) (api.Node, error) {
+	return one[api.Node](ctx, c, http.MethodPost, at("nodes", name, "change"), n)
+}
+
+// RemoveNode has the cluster forget a node; WaitNodeGone. CodeConflict while it runs, CodeInUse while it has something, unless Force.
+func (c *Client) RemoveNode(ctx context.Context, name string, o RemoveOptions) error {
+	path := at("nodes", name, "")
+	if o.Force {
+		path += "?force=true"
+	}
+	return c.call(ctx, http.MethodDelete, path, nil, nil)
+}
+
+// RemoveOptions are what can be said about it: with Force what a dead node has is given up.
+type RemoveOptions struct{ Force bool }
+
+// NodeContents tells what a node has.
+func (c *Client) NodeContents(ctx context.Context, name string) (api.NodeContents, error) {
+	return one[api.NodeContents](ctx, c, http.MethodGet, at("nodes", name, "")+"/contents", nil)
+}
+
+// DiskChange changes one disk of a node, or with a Path adds it.
+type DiskChange struct {
+	Disk              string   `json:"disk"`
+	Path              string   `json:"path,omitempty"`
+	AllowScheduling   *bool    `json:"allowScheduling,omitempty"`
+	EvictionRequested *bool    `json:"evictionRequested,omitempty"`
+	StorageReserved   *int64   `json:"storageReserved,omitempty"`
+	Tags              []string `json:"tags"` // nil: as they are; empty: none
+}
+
+// ChangeDisk changes or adds a disk; the others stay as they are.
+func (c *Client) ChangeDisk(ctx context.Context, node string, d DiskChange) (api.Node, error) {
+	return one[api.Node](ctx, c, http.MethodPost, at("nodes", node, "diskChange"), d)
+}
+
+// RemoveDisk takes a disk away. CodeConflict while it takes copies, CodeInUse while it has some.
+func (c *Client) RemoveDisk(ctx context.Context, node, disk string) (api.Node, error) {
+	return one[api.Node](ctx, c, http.MethodPost, at("nodes", node, "diskRemove"), map[string]string{"disk": disk})
+}
+
+// NodeTime asks a node for its clock's time, as exact as a second. The node that answers passes the question on.
+func (c *Client) NodeTime(ctx context.Context, node string) (time.Time, error) {
+	r, err := c.request(ctx, http.MethodHead, "/metrics?node="+url.QueryEscape(node), nil)
+	if err != nil {
+		return time.Time{}, err
+	}
+	res, err := c.http.Do(r)
+	if err != nil {
+		return time.Time{}, c.unreachable(ctx, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return time.Time{}, failure(res.StatusCode, nil)
+	}
+	t, err := http.ParseTime(res.Header.Get("Date"))
+	if err != nil {
+		return t, api.Because(err, api.CodeInternal, "node %s did not say what time it is: %v", node, err)
+	}
+	return t, nil
+}
+
+// Shutdown stops a node; in a cluster any may be asked. CodeInUse while volumes are attached to it, unless Force.
 func (c *Client) Shutdown(ctx context.Context, node string, o ShutdownOptions) error {
 	return c.call(ctx, http.MethodPost, at("nodes", node, "shutdown"), o, nil)
 }
@@ -80,11 +156,14 @@ type NewImage struct {
 	Upload           bool   // the bytes come by UploadImage
 	ExpectedChecksum string // "" or sha512:HEX or sha256:HEX
 	Copies           int    // 0: the setting's
+	// NodeSelector and DiskSelector: copies go only to nodes, and disks, with all these tags.
+	NodeSelector, DiskSelector []string
 }
 
 // ImportImage begins an import; WaitImage tells how it goes.
 func (c *Client) ImportImage(ctx context.Context, n NewImage) (api.BackingImage, error) {
-	body := map[string]any{"name": n.Name, "sourceType": "download", "parameters": map[string]string{"url": n.URL}, "expectedChecksum": n.ExpectedChecksum}
+	body := map[string]any{"name": n.Name, "sourceType": "download", "parameters": map[string]string{"url": n.URL}, "expectedChecksum": n.ExpectedChecksum,
+		"nodeSelector": n.NodeSelector, "diskSelector": n.DiskSelector}
 	switch {
 	case n.Path != "":
 		body["sourceType"], body["parameters"] = "file", map[string]string{"path": n.Path}
@@ -124,6 +203,10 @@ type NewVolume struct {
 	// Frontend is nbd or blockdev; "" means nbd.
 	Frontend string
 	Limits   LimitChange
+	// NodeSelector and DiskSelector: copies go only to nodes, and disks, with all these tags.
+	NodeSelector, DiskSelector []string
+	// DataLocality is disabled, or best-effort: the copy is moved, when the volume is detached, to the node that used it last; "": the setting's.
+	DataLocality string
 }
 
 // LimitChange changes a volume's limits: a number or a quantity such as 100Mi, "0" for none; "" leaves a limit as it is.
@@ -142,7 +225,8 @@ func (c *Client) SetLimits(ctx context.Context, volume string, l LimitChange) (a
 
 // CreateVolume creates a volume; WaitVolume until it is no longer creating.
 func (c *Client) CreateVolume(ctx context.Context, n NewVolume) (api.Volume, error) {
-	body := map[string]any{"name": n.Name, "size": n.Size, "backingImage": n.Image, "frontend": cmp.Or(n.Frontend, "nbd"), "limits": n.Limits}
+	body := map[string]any{"name": n.Name, "size": n.Size, "backingImage": n.Image, "frontend": cmp.Or(n.Frontend, "nbd"), "limits": n.Limits,
+		"nodeSelector": n.NodeSelector, "diskSelector": n.DiskSelector, "dataLocality": n.DataLocality}
 	if n.Copies > 0 {
 		body["numberOfReplicas"] = n.Copies
 	}

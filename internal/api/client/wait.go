@@ -93,6 +93,36 @@ func (c *Client) WaitImageGone(ctx context.Context, name string) error {
 	})
 }
 
+// WaitNodeGone waits until there is no node of that name.
+func (c *Client) WaitNodeGone(ctx context.Context, name string) error {
+	return until(ctx, func() (bool, error) {
+		_, err := c.Node(ctx, name)
+		return gone(err)
+	})
+}
+
+// WaitNodeState looks at a node until done says so, or ctx ends (its error).
+func (c *Client) WaitNodeState(ctx context.Context, name string, done func(api.Node) bool) error {
+	return until(ctx, func() (bool, error) {
+		n, err := c.Node(ctx, name)
+		return err == nil && done(n), err
+	})
+}
+
+// WaitNode looks at what a node has until done says so or fails, or ctx ends (its error).
+func (c *Client) WaitNode(ctx context.Context, name string, done func(api.NodeContents) (bool, error)) (api.NodeContents, error) {
+	var last api.NodeContents
+	err := until(ctx, func() (bool, error) {
+		seen, err := c.NodeContents(ctx, name)
+		if err != nil {
+			return false, err
+		}
+		last = seen
+		return done(seen)
+	})
+	return last, err
+}
+
 func gone(err error) (bool, error) {
 	if api.CodeOf(err) == api.CodeNotFound {
 		return true, nil
