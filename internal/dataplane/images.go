@@ -39,8 +39,9 @@ const maxWork = 4
 // importJob is an import or an export under way or ended. The last two fields are guarded by Process.mu.
 type importJob struct {
 	args   client.ImportImage
-	export *client.ExportImage // nil: an import
-	run    *job.Job
+	export *client.ExportImage // nil: an import,
+	copy   *client.CopyReplica // unless this is not: a copy of a replica, whose id and disk are in args
+	run    running
 	ended  time.Time // zero while it runs
 	err    error
 }
@@ -67,7 +68,7 @@ func (p *Process) importImage(a client.ImportImage) (client.Job, error) {
 	p.importing.Lock()
 	defer p.importing.Unlock()
 	if j, ok := p.job(a.ImageID); ok && j.State == jobRunning {
-		if j.DiskID != a.DiskID {
+		if j.DiskID != a.DiskID || j.Kind != "" {
 			return client.Job{}, fmt.Errorf("%w: it is being imported to disk %s", client.ErrExists, j.DiskID)
 		}
 		return j, nil
@@ -82,10 +83,7 @@ func (p *Process) importImage(a client.ImportImage) (client.Job, error) {
 		return client.Job{}, err
 	}
 	tmp := path.Join(tmpDir, a.ImageID+"-"+newID()[:8]+".layer")
-	run, err := job.Start(p.life, p.cfg.Job, job.Spec{Kind: job.KindImport, Import: &job.Import{
-		Source: a.Source, Checksum: a.Checksum, Root: d.path, Name: tmp,
-		SizeBytes: a.SizeBytes, LayerID: a.ImageID, ImageID: a.ImageID, ImageName: a.Name, BootID: strings.ReplaceAll(p.boot, "-", ""),
-	}})
+	run, err := p.startImport(d, a, tmp)
 	if err != nil {
 		return client.Job{}, err
 	}
@@ -95,6 +93,17 @@ func (p *Process) importImage(a client.ImportImage) (client.Job, error) {
 	p.mu.Unlock()
 	p.wg.Go(func() { p.finishImport(d, j, tmp) })
 	return p.describeJob(j), nil
+}
+
+// startImport starts what makes an image's layer at tmp: a work process, or, for an image that another disk of ours has, a copy.
+func (p *Process) startImport(d *diskDir, a client.ImportImage, tmp string) (running, error) {
+	if _, _, peer := peerOf(a.Source); peer {
+		return p.startOwn(func(ctx context.Context, tell func(job.Progress)) error { return p.copyImage(ctx, d, a, tmp, tell) }), nil
+	}
+	return job.Start(p.life, p.cfg.Job, job.Spec{Kind: job.KindImport, Import: &job.Import{
+		Source: a.Source, Checksum: a.Checksum, Root: d.path, Name: tmp,
+		SizeBytes: a.SizeBytes, LayerID: a.ImageID, ImageID: a.ImageID, ImageName: a.Name, BootID: strings.ReplaceAll(p.boot, "-", ""),
+	}})
 }
 
 // sweepImport removes what earlier imports of an image left in tmp, unless its writer still lives.
@@ -123,7 +132,7 @@ func (p *Process) finishImport(d *diskDir, j *importJob, tmp string) {
 	if err != nil {
 		p.log.Warn("import failed", "image", j.args.Name, "source", image.DisplaySource(j.args.Source), "error", err)
 	}
-	// An orphan of a data process that was killed may have finished its layer meanwhile, for nobody.
+	// A copy that failed may have left a file, and an orphan of a data process that was killed may have finished its layer meanwhile, for nobody.
 	if err := d.sweepImport(j.args.ImageID); err != nil {
 		p.log.Warn("an earlier import's file is left", "image", j.args.Name, "error", err)
 	}
@@ -209,6 +218,9 @@ func (p *Process) describeJob(j *importJob) client.Job {
 	out := client.Job{ID: j.args.ImageID, DiskID: j.args.DiskID, State: jobRunning, DoneBytes: pr.DoneBytes, TotalBytes: max(0, pr.TotalBytes), Percent: pr.Percent}
 	if j.export != nil {
 		out.ID, out.Kind = j.export.ID, kindExport
+	}
+	if j.copy != nil {
+		out.Kind = kindCopy
 	}
 	switch {
 	case ended && err == nil:

@@ -188,6 +188,9 @@ func fillRecord(f disk.File, st state) error {
 	return disk.OpenSlots(f, 0, slotBytes).Store(payload)
 }
 
+// LayerBoot is what layers are told of a host's boot id (OpenConfig.BootID), for those that are no replica's.
+func LayerBoot(hostBootID string) layer.BootID { return bootID(hostBootID) }
+
 // bootID turns a host's boot id (a UUID, or anything else that changes with every boot and mount) into a layer's.
 func bootID(s string) layer.BootID {
 	var id layer.BootID
