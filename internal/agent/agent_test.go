@@ -27,6 +27,7 @@ type world struct {
 	ids  int
 	dir  string // the run directory; "": none
 	net  client.Network
+	calm time.Duration // Config.Resync
 
 	agent *agent.Agent
 	up    atomic.Bool // control and agent run
@@ -50,7 +51,7 @@ func (w *world) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	log := slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelError}))
 	a, err := agent.New(agent.Config{
-		Node: node, Address: "127.0.0.1", Catalog: w.cat, EnsureData: w.host.ensure, NewID: nil, Log: log, RunDir: w.dir, Network: w.net,
+		Node: node, Address: "127.0.0.1", Catalog: w.cat, EnsureData: w.host.ensure, NewID: nil, Log: log, RunDir: w.dir, Network: w.net, Resync: w.calm,
 		Disks: map[string]catalog.DiskWanted{"default": {Path: "/disks/default", AllowScheduling: true}},
 	})
 	if err != nil {

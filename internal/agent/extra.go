@@ -30,7 +30,7 @@ func (a *Agent) VolumeCounters(ctx context.Context, each func(volume string, cou
 	return nil
 }
 
-// Check verifies the layers of a volume's replica on this node, open or not, and returns what is wrong with them. catalog.ErrNotFound, ErrNotHere, ErrAway.
+// Check verifies the layers of a volume's replica on this node, open or not, and returns what is wrong with them. catalog.ErrNotFound, Elsewhere, ErrNotHere, ErrAway.
 func (a *Agent) Check(ctx context.Context, volume string) ([]catalog.Problem, error) {
 	w, _, err := catalog.Read[catalog.VolumeWanted](ctx, a.cfg.Catalog, catalog.VolumeKey(catalog.Wanted, volume))
 	if err != nil {
@@ -45,7 +45,11 @@ func (a *Agent) Check(ctx context.Context, volume string) ([]catalog.Problem, er
 			return check(ctx, s, client.Check{VolumeID: w.ID, DiskID: r.DiskID, ReplicaID: r.ReplicaID})
 		}
 	}
-	return nil, fmt.Errorf("check volume %s: %w", volume, ErrNotHere)
+	err = ErrNotHere
+	if len(w.Replicas) > 0 {
+		err = Elsewhere{w.Replicas[0].Node}
+	}
+	return nil, fmt.Errorf("check volume %s: %w", volume, err)
 }
 
 // Shutdown begins to stop this node, guests' I/O included: from now on the agent does nothing new; the data process flushes and closes every volume and ends, with

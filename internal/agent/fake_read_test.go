@@ -33,12 +33,6 @@ func (p *process) SetBackground(_ context.Context, a client.Background) error {
 	return nil
 }
 
-func (p *process) SetCluster(context.Context, client.Cluster) error { return nil }
-
-func (p *process) CopyReplica(context.Context, client.CopyReplica) (client.Job, error) {
-	return client.Job{}, client.ErrInvalid
-}
-
 func (p *process) SetNetwork(ctx context.Context, a client.Network) error {
 	return p.verb(ctx, "set-network", func() error {
 		p.network = a

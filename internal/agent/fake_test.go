@@ -17,12 +17,14 @@ import (
 
 // host is what of a node survives its data process: the disks, and what was open. It is the in-memory twin of the data process's files.
 type host struct {
-	mu     sync.Mutex
+	fabric
+	mu     *sync.Mutex          // of all hosts of a fabric
 	disks  map[string]*fakeDisk // by path
 	open   map[string]client.OpenVolume
-	ledger client.Ledger // the agent's
-	truth  *catalog.Mem  // to see what the records say at the moment of a deed
-	wrongs []string      // what must never happen and did
+	epochs map[string]uint64 // of what is open
+	ledger client.Ledger     // the agent's
+	truth  *catalog.Mem      // to see what the records say at the moment of a deed
+	wrongs []string          // what must never happen and did
 	deeds  map[string]int
 	order  []string // operations, as they took effect
 	proc   *process
@@ -43,6 +45,7 @@ type fakeDisk struct {
 type fakeReplica struct {
 	client.CreateReplica
 	layers []client.Layer // head last
+	fence  uint64         // the epoch that may write
 	record json.RawMessage
 	failed string
 }
@@ -66,7 +69,7 @@ type process struct {
 var _ client.Service = (*process)(nil)
 
 func newHost(truth *catalog.Mem) *host {
-	return &host{disks: map[string]*fakeDisk{}, open: map[string]client.OpenVolume{}, truth: truth, deeds: map[string]int{}, files: map[string]int{}}
+	return &host{mu: new(sync.Mutex), disks: map[string]*fakeDisk{}, open: map[string]client.OpenVolume{}, epochs: map[string]uint64{}, truth: truth, deeds: map[string]int{}, files: map[string]int{}}
 }
 
 // ensure is Config.EnsureData.
@@ -85,14 +88,12 @@ func (h *host) start() {
 	p := &process{
 		h: h, rev: 1, changed: make(chan struct{}), volumes: map[string]*client.VolumeStatus{}, jobs: map[string]*client.Job{},
 		sources: map[string]client.OpenSource{},
-		hello:   client.Hello{Version: "1", APIMin: 1, APICurrent: 1, PID: 1000 + h.starts, BootID: "boot", Started: time.Now()},
+		hello:   client.Hello{Version: "1", APIMin: 1, APICurrent: 3, PID: 1000 + h.starts, BootID: "boot", Started: time.Now()},
 	}
 	h.proc = p
 	for id, o := range h.open {
 		if r, d := h.replica(o.ReplicaID); r != nil {
-			var m catalog.Membership
-			_ = json.Unmarshal(r.record, &m)
-			p.volumes[id] = p.status(o, d, r, m.Epoch)
+			p.volumes[id] = p.status(o, d, r, h.epochs[id])
 		}
 	}
 }
@@ -118,6 +119,13 @@ func (h *host) replica(id string) (*fakeReplica, *fakeDisk) {
 	for _, d := range h.disks {
 		if r := d.replicas[id]; r != nil {
 			return r, d
+		}
+	}
+	for _, o := range h.others {
+		for _, d := range o.disks {
+			if r := d.replicas[id]; r != nil && h.reaches(o) {
+				return r, d
+			}
 		}
 	}
 	return nil, nil
@@ -187,7 +195,7 @@ func (p *process) AdoptDisk(ctx context.Context, a client.Disk) (st client.DiskS
 		if d == nil {
 			d = &fakeDisk{replicas: map[string]*fakeReplica{}, images: map[string]client.ImageFound{}}
 			d.status = client.DiskStatus{
-				DiskID: fmt.Sprintf("%032x", len(p.h.disks)+1), Path: a.Path, ClusterID: a.ClusterID, TotalBytes: 1 << 40, FreeBytes: 1 << 39,
+				DiskID: fmt.Sprintf("%032x", p.h.salt+len(p.h.disks)+1), Path: a.Path, ClusterID: a.ClusterID, TotalBytes: 1 << 40, FreeBytes: 1 << 39,
 			}
 			p.h.disks[a.Path] = d
 		}
@@ -225,7 +233,7 @@ func (p *process) WaitState(ctx context.Context, after uint64) (client.State, er
 }
 
 func (p *process) state() client.State {
-	st := client.State{Rev: p.rev, Hello: p.hello, Network: p.network}
+	st := client.State{Rev: p.rev, Hello: p.hello, Network: p.network, Cluster: p.h.cluster}
 	for _, path := range slices.Sorted(maps.Keys(p.h.disks)) {
 		d := p.h.disks[path]
 		s := d.status
@@ -246,6 +254,11 @@ func (p *process) state() client.State {
 		v := *p.volumes[id]
 		if r, _ := p.h.replica(v.ReplicaID); r != nil {
 			v.Layers = slices.Clone(r.layers)
+			if r.fence > v.Epoch && v.State == "open" {
+				v.State, v.Code, v.Error = "failed", client.CodeFenced, "another node has it"
+			}
+		} else if p.h.open[id].ReplicaNode != "" {
+			v.Away = "since 12:00:00: no answer"
 		}
 		st.Volumes = append(st.Volumes, v)
 	}
@@ -300,11 +313,11 @@ func (p *process) DeleteReplica(ctx context.Context, a client.DeleteReplica) err
 		if d == nil || d.replicas[a.ReplicaID] == nil {
 			return nil
 		}
-		if p.volumes[d.replicas[a.ReplicaID].VolumeID] != nil {
+		if p.volumes[d.replicas[a.ReplicaID].VolumeID] != nil || p.h.served(d.replicas[a.ReplicaID]) {
 			return client.ErrInUse
 		}
 		w, ok := p.h.recorded(d.replicas[a.ReplicaID].VolumeID)
-		if !ok || w.Deleted == nil {
+		if !ok || w.Deleted == nil && !p.h.mayDrop(w, a.ReplicaID) {
 			p.h.wrong("replica %s of volume %s destroyed without a tombstone", a.ReplicaID, w.Name)
 		}
 		delete(d.replicas, a.ReplicaID)
@@ -333,6 +346,9 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (st clien
 		return *v, nil
 	}
 	p.h.mu.Unlock()
+	if r == nil && a.ReplicaNode != "" {
+		return st, fmt.Errorf("replica on node %s: %w", a.ReplicaNode, client.ErrUnreachable)
+	}
 	if r == nil {
 		return st, fmt.Errorf("replica: %w", client.ErrNotFound)
 	}
@@ -368,9 +384,14 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (st clien
 		if w, ok := p.h.recorded(a.VolumeID); !ok || w.Deleted != nil && len(w.Tickets) > 0 {
 			p.h.wrong("volume %s opened although no record wants it", a.Volume)
 		}
-		r.record, r.failed = rec, ""
+		if r.fence >= m.Epoch {
+			return fmt.Errorf("epoch %d, %d was there: %w", m.Epoch, r.fence, client.ErrFenced)
+		}
+		p.h.soleOpener(a)
+		r.record, r.failed, r.fence = rec, "", m.Epoch
 		p.volumes[a.VolumeID] = p.status(a, d, r, m.Epoch)
 		p.h.open[a.VolumeID] = a
+		p.h.epochs[a.VolumeID] = m.Epoch
 		st = *p.volumes[a.VolumeID]
 		return nil
 	})
@@ -382,11 +403,15 @@ func (p *process) CloseVolume(ctx context.Context, a client.CloseVolume) error {
 		if p.volumes[a.VolumeID] == nil {
 			return nil
 		}
+		if r, _ := p.h.replica(p.volumes[a.VolumeID].ReplicaID); r == nil && p.h.open[a.VolumeID].ReplicaNode != "" && !a.Force {
+			return client.ErrUnreachable
+		}
 		if _, ok := p.h.recorded(a.VolumeID); !ok {
 			p.h.wrong("volume %s closed although no record names it", a.VolumeID)
 		}
 		delete(p.volumes, a.VolumeID)
 		delete(p.h.open, a.VolumeID)
+		delete(p.h.given, a.VolumeID)
 		maps.DeleteFunc(p.sources, func(_ string, s client.OpenSource) bool { return s.VolumeID == a.VolumeID })
 		return nil
 	})
@@ -399,6 +424,9 @@ func (p *process) Operate(ctx context.Context, a client.Operate) (st client.Volu
 			return fmt.Errorf("volume not open: %w", client.ErrNotFound)
 		}
 		r, _ := p.h.replica(v.ReplicaID)
+		if r == nil {
+			return client.ErrUnreachable
+		}
 		if slices.ContainsFunc(r.layers, func(l client.Layer) bool { return l.ID == a.OpID }) {
 			st = *v
 			return nil
@@ -469,6 +497,7 @@ func (p *process) ImportImage(ctx context.Context, a client.ImportImage) (job cl
 			return err
 		}
 		p.h.deeds["import "+a.ImageID]++
+		p.h.deeds["from "+a.Source]++
 		j := &client.Job{ID: a.ImageID, DiskID: a.DiskID, State: "running", TotalBytes: 100}
 		p.jobs[a.ImageID] = j
 		if path, ok := strings.CutPrefix(a.Source, "stream+unix://"); ok {
@@ -504,6 +533,8 @@ func (p *process) end(j *client.Job, a client.ImportImage) {
 	}
 	fail := func(c client.Code) { j.State, j.Code, j.Error = "failed", c, "import failed: "+string(c) }
 	switch kind := strings.TrimPrefix(a.Source, "http://"); {
+	case strings.HasPrefix(kind, "peer://"):
+		p.fetch(j, a)
 	case kind == "bad":
 		fail(client.CodeChecksum)
 	case kind == "evil":
@@ -555,7 +586,7 @@ func (p *process) DeleteImage(ctx context.Context, a client.DeleteImage) error {
 			return err
 		}
 		if !slices.ContainsFunc(images, func(i catalog.Item[catalog.ImageWanted]) bool {
-			return i.Value.ID == a.ImageID && i.Value.Deleted != nil
+			return i.Value.ID == a.ImageID && (i.Value.Deleted != nil || !slices.Contains(i.Value.Disks, a.DiskID))
 		}) {
 			p.h.wrong("image %s destroyed without a tombstone", a.ImageID)
 		}

@@ -45,6 +45,10 @@ func (a *Agent) makeFirst(ctx context.Context) error {
 	if f := a.cfg.Cluster; f != nil && c.ID != f.ClusterID {
 		return fmt.Errorf("the catalogue is of cluster %s, this node is in %s: %w", c.ID, f.ClusterID, ErrOtherCluster)
 	}
+	if a.cfg.Cluster != nil {
+		// The record was made when the node joined. One that is gone was removed, and must not come back by itself.
+		return a.firstDisks(ctx)
+	}
 	n := catalog.NodeWanted{Name: a.cfg.Node, AllowScheduling: true, Disks: maps.Clone(a.cfg.Disks)}
 	if n.Disks == nil {
 		n.Disks = map[string]catalog.DiskWanted{}

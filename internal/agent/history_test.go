@@ -149,6 +149,7 @@ func randomHistory(t *testing.T, seed uint64, steps int) {
 	}
 	defer h.end()
 	h.cat = unsure{h.mem, h.chaos}
+	h.calm = 24 * time.Hour // nothing may depend on another look at everything
 	h.host.fault = func(ctx context.Context, verb string, early bool) error {
 		return h.chaos.roll(ctx, verb, fmt.Errorf("%w: %w", client.ErrUnreachable, errInjected))
 	}
@@ -168,6 +169,9 @@ func randomHistory(t *testing.T, seed uint64, steps int) {
 	h.restart()
 	h.settle(40 * time.Minute)
 	h.check()
+	if p := h.agent.PlanAll(t.Context()); len(p.Actions) > 0 || len(p.Writes) > 0 {
+		t.Errorf("plans of what changed missed %+v %+v", p.Actions, p.Writes)
+	}
 	t.Logf("at the end %d volumes, %d images; chaos %v", len(h.volumes), len(h.images), h.chaos.counts)
 }
 
@@ -338,8 +342,8 @@ func (h *history) checkVolume(name string, d *fakeDisk) {
 	_, open := h.host.proc.volumes[w.ID]
 	h.want("open as wanted", open == (len(w.Tickets) > 0) && r != nil, open, w)
 	h.want("size", o.SizeBytes == r.layers[len(r.layers)-1].SizeBytes, o.SizeBytes, r.layers)
-	if o.Epoch > 0 {
-		h.want("snapshots shown", len(o.Snapshots) == len(r.layers), o.Snapshots, r.layers)
+	if o.Epoch > 0 { // a volume with nothing but its head may have been open only while the record could not be written, or only claimed
+		h.want("snapshots shown", len(o.Snapshots) == len(r.layers) || len(o.Snapshots) == 0 && len(r.layers) == 1, o.Snapshots, r.layers)
 	}
 	h.want("nothing to complain of", o.Error == "", o.Error)
 	h.wantNothingLeft(name)

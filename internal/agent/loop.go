@@ -51,7 +51,7 @@ type loop struct {
 	joined  *plan.Joined         // as of the last plan
 	silent  map[string]time.Time // since when other nodes are not alive, of those that were
 
-	// inbox takes catalog.Batch, stateOrAway, result, written, uploaded and poke.
+	// inbox takes catalog.Batch, stateOrAway, result, written, uploaded, poke and func(*loop).
 	inbox chan any
 }
 
@@ -147,6 +147,8 @@ func (l *loop) take(news any) {
 		l.takeWritten(v)
 	case uploaded:
 		l.takeUploaded(v)
+	case func(*loop): // a question
+		v(l)
 	}
 }
 

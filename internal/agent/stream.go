@@ -105,7 +105,7 @@ func (s *stream) Close() error {
 
 // Upload takes the bytes of an image whose source is upload and that waits for them, sizeBytes of them (-1: as many as there are), and returns when all were taken;
 // the image may still be refused afterwards, which its record says. It happens once: whatever goes wrong after the first byte makes the image failed for good.
-// catalog.ErrNotFound, ErrNotUpload, ErrUploadEarly, ErrUploadBusy, ErrUploadOnce (nothing was changed by these); ErrUploadBroken, and what the import failed of. It gives up
+// catalog.ErrNotFound, ErrNotUpload, ErrUploadEarly, ErrUploadBusy, ErrUploadOnce, Elsewhere (nothing was changed by these); ErrUploadBroken, and what the import failed of. It gives up
 // when the import takes nothing for 30 s; that r fails when nothing comes is the caller's to see to. Run must be running.
 func (a *Agent) Upload(ctx context.Context, image string, sizeBytes int64, r io.Reader) error {
 	err := a.upload(ctx, image, sizeBytes, r)
@@ -216,7 +216,10 @@ func (a *Agent) uploadTarget(ctx context.Context, s client.Service, image string
 		}
 	}
 	if up.diskID == "" {
-		return up, ErrUploadEarly
+		waits := func(id string) bool {
+			return slices.Contains(up.w.Disks, id) && up.o.Disks[id].State == catalog.ImagePending
+		}
+		return up, a.diskElsewhere(ctx, waits, ErrUploadEarly)
 	}
 	return up, nil
 }
@@ -286,7 +289,7 @@ func (a *Agent) pump(conn net.Conn, sizeBytes int64, r io.Reader) error {
 // Download returns the bytes of an image file (format raw or qcow2) of a volume's snapshot (kind "volume"; an empty snapshot is the present, of which one is taken for the
 // time; a detached volume is opened without a frontend meanwhile), or of an image (kind "image"), and how many they are, -1 if that is not known before the end. A body
 // that breaks off ends with an error, never with io.EOF. The caller closes the body, also when it did not read it to its end; the end of ctx breaks it off.
-// catalog.ErrNotFound, client.ErrNotFound (no such snapshot, no copy of the image here), ErrNotHere, ErrDownload, ErrAway.
+// catalog.ErrNotFound, client.ErrNotFound (no such snapshot, no copy of the image), Elsewhere, ErrNotHere, ErrDownload, ErrAway.
 func (a *Agent) Download(ctx context.Context, kind, name, snapshot, format string) (io.ReadCloser, int64, error) {
 	body, size, err := a.download(ctx, kind, name, snapshot, format)
 	if err != nil {
@@ -347,14 +350,11 @@ func (d *download) source(ctx context.Context, kind, name, snapshot string) (cli
 				return d.s.OpenSource(ctx, client.OpenSource{ID: d.id, DiskID: disk.DiskID, ImageID: w.ID})
 			}
 		}
-		return client.Source{}, fmt.Errorf("no copy of it is ready on this node: %w", client.ErrNotFound)
+		return client.Source{}, d.imageElsewhere(ctx, w)
 	case "volume":
-		w, _, err := catalog.Read[catalog.VolumeWanted](ctx, d.a.cfg.Catalog, catalog.VolumeKey(catalog.Wanted, name))
+		w, err := d.a.volumeHere(ctx, name)
 		if err != nil {
 			return client.Source{}, err
-		}
-		if !slices.ContainsFunc(w.Replicas, func(r catalog.Placement) bool { return r.Node == d.a.cfg.Node }) {
-			return client.Source{}, ErrNotHere
 		}
 		d.a.downloads.begin(d.id, w.ID)
 		d.a.tell(ctx, poke{})
@@ -364,6 +364,16 @@ func (d *download) source(ctx context.Context, kind, name, snapshot string) (cli
 		return beginReading(ctx, d.s, plan.NewReading(d.id, w.ID, snapshot, "download"))
 	}
 	return client.Source{}, fmt.Errorf("%w: %q is neither volume nor image", ErrDownload, kind)
+}
+
+// imageElsewhere names the node that has the image.
+func (d *download) imageElsewhere(ctx context.Context, w catalog.ImageWanted) error {
+	o, _, err := catalog.Read[catalog.ImageObserved](ctx, d.a.cfg.Catalog, catalog.ImageKey(catalog.Observed, w.Name))
+	if err != nil {
+		return err
+	}
+	none := fmt.Errorf("no copy of it is ready on a node that is up: %w", client.ErrNotFound)
+	return d.a.diskElsewhere(ctx, func(id string) bool { return o.ID == w.ID && o.Disks[id].State == catalog.ImageReady }, none)
 }
 
 // opened waits until the volume is open: the loop sees to that, because of the reading.
@@ -444,12 +454,12 @@ func (d *download) Close() error {
 
 // Diff calls each for every range in which two snapshots of an attached volume may differ, ascending, from off on, and returns where to go on; that is sizeBytes at the
 // end. From (empty: what is below the oldest) is older than To (empty: the present). catalog.ErrNotFound, client.ErrNotFound (not attached, no such snapshot),
-// client.ErrInvalid (From is not below To), ErrAway.
+// client.ErrInvalid (From is not below To), Elsewhere, ErrAway.
 func (a *Agent) Diff(ctx context.Context, r struct {
 	Volume, From, To string
 	Off              int64
 }, each func(off, n int64, zero bool)) (nextOff, sizeBytes int64, err error) {
-	w, _, err := catalog.Read[catalog.VolumeWanted](ctx, a.cfg.Catalog, catalog.VolumeKey(catalog.Wanted, r.Volume))
+	w, err := a.volumeHere(ctx, r.Volume)
 	if err != nil {
 		return 0, 0, fmt.Errorf("differences of volume %s: %w", r.Volume, err)
 	}

@@ -159,8 +159,8 @@ func (c *leader) needs(imageID, disk string) bool { return c.stay[[2]string{imag
 func (s *imageNow) first() {
 	for _, d := range slices.Clone(s.w.Disks) {
 		idle := s.state(d) == "" || s.state(d) == catalog.ImagePending || s.state(d) == catalog.ImageFailed
-		if idle && s.evicting(d) && !s.stands(d) && s.goodBut(d) == 0 && s.o.CurrentChecksum == "" {
-			if _, _, ok := s.c.p.place(s.want(nil)); ok {
+		if idle && (s.evicting(d) || s.elsewhere(d)) && !s.stands(d) && s.goodBut(d) == 0 && s.o.CurrentChecksum == "" {
+			if _, _, ok := s.c.p.place(s.firstWant()); ok {
 				s.remove(d)
 			}
 		}
@@ -168,7 +168,7 @@ func (s *imageNow) first() {
 	if len(s.w.Disks) > 0 {
 		return
 	}
-	w := s.want(nil)
+	w := s.firstWant()
 	at, why, ok := s.c.p.place(w)
 	if !ok {
 		s.text = strings.Join(why, "; ")
@@ -176,6 +176,27 @@ func (s *imageNow) first() {
 	}
 	s.add(at.diskID)
 	s.c.p.promise(at, w)
+}
+
+// firstWant is what the first copy asks of a place: one that is made from a volume is made where that is open, or would be.
+func (s *imageNow) firstWant() want {
+	w := s.want(nil)
+	w.only = s.volumeHome()
+	return w
+}
+
+// volumeHome is the home of the volume that the image is made from; "" if it is made from none.
+func (s *imageNow) volumeHome() string {
+	if s.w.SourceType != catalog.SourceVolume {
+		return ""
+	}
+	return s.c.v.Home(s.w.Parameters["volume-name"])
+}
+
+// elsewhere tells whether the volume that the image is made from is on another node than the disk.
+func (s *imageNow) elsewhere(disk string) bool {
+	home := s.volumeHome()
+	return home != "" && home != s.at(disk).node
 }
 
 // want is what a copy beside others asks of a place.
