@@ -111,6 +111,15 @@ func (k *Keeper) step(ctx context.Context) error {
 	}
 	me, _, err := catalog.Read[catalog.NodeWanted](ctx, k.cfg.Catalog, catalog.NodeKey(catalog.Wanted, k.state.Name))
 	switch {
+	case err == nil && me.ID == "": // made anew from what is on the disks (`ashlar recover`), where no node's id stands
+		_, _, err := catalog.Update(ctx, k.cfg.Catalog, catalog.NodeKey(catalog.Wanted, k.state.Name), func(n *catalog.NodeWanted) error {
+			if n.ID == "" {
+				n.ID = k.state.NodeID
+				n.Voter = n.Voter || k.state.Voter
+			}
+			return nil
+		})
+		return err
 	case errors.Is(err, catalog.ErrNotFound), err == nil && me.ID != k.state.NodeID:
 		return fmt.Errorf("node %s (%s): %w", k.state.Name, k.state.NodeID, ErrRemoved)
 	case err != nil || !k.cfg.Embedded:
@@ -249,6 +258,19 @@ func names(dns []string, ips []net.IP, host string) bool {
 		return slices.ContainsFunc(ips, ip.Equal)
 	}
 	return slices.Contains(dns, host)
+}
+
+// Refresh sees to the certificate of a node that starts and has the authority's key: one that cannot be read, has ended, or does not name the node's host is made anew. Who has no
+// key asks others when the catalogue answers.
+func Refresh(d Dir, s State, now func() time.Time) error {
+	if t, err := d.TLS(nil); err == nil {
+		leaf, err := t.Leaf()
+		if err == nil && !stale(leaf.NotBefore, leaf.NotAfter, now()) && names(leaf.DNSNames, leaf.IPAddresses, s.Host) {
+			return nil
+		}
+	}
+	_, err := d.renewOwn(s, now)
+	return err
 }
 
 // renewOwn signs a new certificate with the authority's key, if this node has it.

@@ -47,6 +47,9 @@ func (n *Node) loadCluster() error {
 		return fmt.Errorf("%w: this node is called %s in its cluster, and the configuration calls it %s; a name never changes", ErrConfig, s.Name, n.cfg.Name)
 	}
 	n.state = &s
+	if err := cluster.Refresh(n.dir(), s, time.Now); err != nil {
+		return fmt.Errorf("the node's certificate: %w", err)
+	}
 	n.tls, err = n.dir().TLS(func(err error) {
 		if err != nil {
 			n.cfg.Log.Error("the node's certificate changed and cannot be used; the old one stays", "error", err)
@@ -85,14 +88,29 @@ func (n *Node) clusterOptions(s cluster.State) etcd.Options {
 		return etcd.Options{Endpoints: s.Endpoints(), Sync: true, Files: files, Log: n.cfg.Log}
 	}
 	self := s.Self()
+	listen := listenHost(s.Host)
 	m := &etcd.Member{
-		Name: s.Name, PeerListen: cluster.Address(s.Host, s.Port, catalog.PortEtcdPeer), ClientListen: cluster.Address(s.Host, s.Port, catalog.PortEtcdClient),
+		Name: s.Name, PeerListen: cluster.Address(listen, s.Port, catalog.PortEtcdPeer), ClientListen: cluster.Address(listen, s.Port, catalog.PortEtcdClient),
 		PeerURL: self.PeerURL, ClientURL: self.ClientURL, Files: files,
 	}
 	for _, x := range s.Members {
 		m.Members = append(m.Members, etcd.Peer{Name: x.Name, PeerURL: x.PeerURL, ClientURL: x.ClientURL})
 	}
 	return etcd.Options{Dir: n.catalogueDir(), Member: m, Log: n.cfg.Log}
+}
+
+// listenHost is the address to listen on for a host: etcd takes no names. A name that cannot be resolved is left to fail with what that says.
+func listenHost(host string) string {
+	if ip := net.ParseIP(host); ip != nil {
+		return host
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), openRetry)
+	defer cancel()
+	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil || len(found) == 0 {
+		return host
+	}
+	return found[0].Unmap().String()
 }
 
 // The waits between tries to open the catalogue, and of the whole node when its own member cannot run.
@@ -104,7 +122,8 @@ const (
 // openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked.
 func (n *Node) openLate(ctx context.Context, l *late) error {
 	options := n.options()
-	n.cfg.Log.Info("opening the catalogue", "voter", n.state.Voter, "members", strings.Join(n.state.Endpoints(), " "))
+	n.cfg.Log.Info("waiting for a majority of the catalogue's voters", "voter", n.state.Voter, "members", strings.Join(n.state.Endpoints(), " "))
+	l.waits(fmt.Errorf("waiting for a majority of the catalogue's voters: %s", strings.Join(n.state.Endpoints(), " ")))
 	for {
 		s, err := etcd.Open(ctx, options)
 		if err == nil {
@@ -117,7 +136,7 @@ func (n *Node) openLate(ctx context.Context, l *late) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		l.waits(fmt.Errorf("too few of the cluster's voters answer (%s): %w", strings.Join(n.state.Endpoints(), " "), err))
+		l.waits(fmt.Errorf("waiting for a majority of the catalogue's voters (%s): %w", strings.Join(n.state.Endpoints(), " "), err))
 		n.cfg.Log.Warn("the catalogue cannot be opened yet; trying again", "error", err)
 		if others := n.others(); options.Member != nil && len(others.Endpoints()) > 0 && !errors.Is(err, catalog.ErrUnreachable) {
 			n.member.Store(&memberNote{text: "failed: " + err.Error(), failed: true})
@@ -128,6 +147,7 @@ func (n *Node) openLate(ctx context.Context, l *late) error {
 				n.member.Store(&memberNote{text: "client"})
 			}
 			options = n.clusterOptions(others)
+			continue
 		}
 		if !wait(ctx, openRetry) {
 			return context.Cause(ctx)
@@ -240,10 +260,7 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 		REST: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { rest.ServeHTTP(w, api.FromNode(r)) }), Log: n.cfg.Log,
 	})
 	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
-	n.loop("cluster", func(ctx context.Context) error {
-		if _, err := l.opened(ctx); err != nil {
-			return err
-		}
+	n.loop("cluster", l.after(func(ctx context.Context) error {
 		keeper := cluster.NewKeeper(cluster.KeeperConfig{
 			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Options: n.clusterOptions, Running: n.memberRuns, Log: n.cfg.Log,
 		})
@@ -252,7 +269,7 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 			err = fmt.Errorf("%w; to use this machine again, move %s away and start with an empty disk", err, n.cfg.DataDir)
 		}
 		return err
-	})
+	}))
 }
 
 // hold keeps the record that says that this node lives.
@@ -293,6 +310,7 @@ func (n *Node) clusterFiles() *agent.ClusterFiles {
 	f := n.dir().Files()
 	return &agent.ClusterFiles{
 		ClusterID: n.state.ClusterID, NodeID: n.state.NodeID, Host: n.state.Host, Port: n.state.Port, CertFile: f.CertFile, KeyFile: f.KeyFile, CAFile: f.CAFile,
+		APIMin: cluster.APIMin, APICurrent: cluster.APICurrent,
 	}
 }
 

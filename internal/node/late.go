@@ -64,6 +64,16 @@ func (l *late) opened(ctx context.Context) (*etcd.Store, error) {
 	}
 }
 
+// after is fn, once the catalogue is there.
+func (l *late) after(fn func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if _, err := l.opened(ctx); err != nil {
+			return err
+		}
+		return fn(ctx)
+	}
+}
+
 // Get implements catalog.Catalog.
 func (l *late) Get(ctx context.Context, k catalog.Key) (catalog.Entry, error) {
 	s, err := l.get()
@@ -132,7 +142,7 @@ func (l *late) Close() error {
 
 // Lead implements control.Leader.
 func (l *late) Lead(ctx context.Context, fn func(context.Context) error) error {
-	s, err := l.opened(ctx)
+	s, err := l.get()
 	if err != nil {
 		return err
 	}

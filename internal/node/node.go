@@ -170,12 +170,14 @@ func (n *Node) build(ctx context.Context) error {
 		return err
 	}
 	n.undo = append(n.undo, func() error { n.cancel(errStopped); n.loops.Wait(); return nil })
+	after := func(fn func(context.Context) error) func(context.Context) error { return fn }
 	if l, ok := cat.(*late); ok {
 		n.loop("the catalogue", func(ctx context.Context) error { return n.openLate(ctx, l) })
+		after = l.after
 	}
-	n.loop("agent", ag.Run)
-	n.loop("control", control.New(control.Config{Catalog: cat, Leader: leader, Log: n.cfg.Log}).Run)
-	n.loop("alive", func(ctx context.Context) error { return n.hold(ctx, cat) })
+	n.loop("agent", after(ag.Run))
+	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, Log: n.cfg.Log}).Run))
+	n.loop("alive", after(func(ctx context.Context) error { return n.hold(ctx, cat) }))
 	handler := n.handler(cat, ag)
 	// Streams have no end of their own, and would hold up the shutdown of what serves them.
 	n.undo = append(n.undo, handler.Close)
