@@ -284,7 +284,7 @@ func (m *move) run(ctx context.Context) error {
 	if err == nil {
 		err = m.replace(ctx, vol, src, before)
 	}
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.cfg.far.last)
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farLastPatience)
 	defer cancel()
 	closed := vol.Close(last)
 	if err == nil {
@@ -424,7 +424,7 @@ func (m *move) watch(ctx context.Context, vol *volume.Volume, src origin, cancel
 				return
 			}
 		}
-		ask, end := context.WithTimeout(ctx, p.cfg.far.ask)
+		ask, end := context.WithTimeout(ctx, farAskPatience)
 		vol.Confirm(ask) //nolint:errcheck // if it is over, it has ended
 		end()
 	}
@@ -485,6 +485,9 @@ const (
 // openPeerSource opens what another node asks to read, at the rate of background work; info is a local.LayerHeader. fs.ErrNotExist.
 func (p *Process) openPeerSource(ctx context.Context, name string) (block.Device, json.RawMessage, error) {
 	dev, info, err := p.peerSource(ctx, name)
+	if errors.Is(err, client.ErrNotFound) {
+		err = fmt.Errorf("%w: %w", fs.ErrNotExist, err) // which other nodes know
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("source %.100q: %w", name, err)
 	}

@@ -303,6 +303,9 @@ func (p *Process) deleteReplica(ctx context.Context, a client.DeleteReplica) err
 			return fmt.Errorf("%w: volume %s has it %s", client.ErrInUse, args.Volume, state)
 		}
 	}
+	if p.copying(a.ReplicaID) {
+		return fmt.Errorf("%w: it is being made by a copy; give that up first", client.ErrInUse)
+	}
 	// What only other nodes have open is taken from them: whoever asks knows that no record names it any more (invariant 15).
 	free, err := p.seize(ctx, a.ReplicaID)
 	if err != nil {
