@@ -40,6 +40,7 @@ func (s *Server) answer(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	out := newSpeaker(w, s.cfg.Beat)
+	defer out.stop()
 	a, err := s.carryOut(req.Context(), verb, q, out.progress)
 	if errors.Is(err, errQuestion) {
 		s.cfg.Log.Warn("another node asks what is no question", "remote", req.RemoteAddr, "verb", verb, "err", err)
@@ -235,6 +236,14 @@ func (p *speaker) line(l answerLine) {
 	if p.enc.Encode(l) == nil {
 		_ = http.NewResponseController(p.w).Flush()
 	}
+}
+
+// stop says nothing any more.
+func (p *speaker) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done = true
+	p.timer.Stop()
 }
 
 // answer says the last line.

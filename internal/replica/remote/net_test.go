@@ -190,7 +190,7 @@ func (s *side) late(i int) bool { return !s.until[i].IsZero() && !time.Now().Bef
 func (s *side) Read(b []byte) (int, error) {
 	p := s.p
 	if p.fate.delay > 0 {
-		time.Sleep(p.fate.delay) // only in synctest bubbles
+		<-time.After(p.fate.delay)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()

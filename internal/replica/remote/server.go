@@ -94,7 +94,7 @@ func NewServer(cfg ServerConfig) *Server {
 		opened: map[string]*opened{}}
 	s.life, s.cancel = context.WithCancel(context.Background())
 	s.http = &http.Server{Handler: http.HandlerFunc(s.answer), ReadHeaderTimeout: s.cfg.Patience, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
-		ErrorLog: slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return s.life }}
+		ErrorLog: slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelWarn), BaseContext: func(net.Listener) context.Context { return s.life }}
 	s.wg.Go(func() { _ = s.http.Serve(s.verbs) }) // until Close: an inbox does not fail
 	return s
 }
@@ -196,6 +196,7 @@ func (s *Server) Drop(replicaID string) {
 
 // Close ends every connection and releases everything, and waits until all that has ended. A replica whose calls are stuck holds it up.
 func (s *Server) Close() error {
+	s.cancel()
 	s.mu.Lock()
 	s.closed = true
 	for ln := range s.listeners {
@@ -212,7 +213,6 @@ func (s *Server) Close() error {
 		_ = nc.SetDeadline(time.Unix(1, 0)) // whoever is reading the first line
 	}
 	s.mu.Unlock()
-	s.cancel()
 	_ = s.http.Close()
 	s.verbs.end()
 	var wg sync.WaitGroup
