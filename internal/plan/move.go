@@ -118,7 +118,7 @@ func (c *leader) tell(s *volumeNow, reason, message string) {
 func (c *leader) evicting(at spot) string {
 	n := c.v.Nodes[at.node]
 	switch {
-	case !n.Wanted.Is():
+	case c.abandoned(at.node): // nothing will come from there
 		return ""
 	case n.Wanted.Value.Deleted != nil:
 		return "node " + at.node + " is being removed"
@@ -260,6 +260,8 @@ func (c *leader) unreadable(s *volumeNow, from catalog.Placement) string {
 		return "its membership record does not name it alone"
 	case o.Robustness == catalog.RobustnessFaulted:
 		return "it is faulted: " + o.Error
+	case c.abandoned(from.Node):
+		return "node " + from.Node + ", which has it, was given up"
 	case !c.v.Up(from.Node):
 		return "node " + from.Node + ", which has it, is not up"
 	case ready.Status != catalog.ConditionTrue:

@@ -11,13 +11,8 @@ import (
 // maxVoters is how many nodes keep the catalogue.
 const maxVoters = 3
 
-// Voters is how many of n nodes are to keep the catalogue (docs/formats/catalog.md, section 7): never two, because of two neither may be silent; the second is seated with the third.
-func Voters(n int) int {
-	if n == 2 {
-		return 1
-	}
-	return min(n, maxVoters)
-}
+// Voters is how many of n nodes are to keep the catalogue (docs/formats/catalog.md, section 7, which weighs two).
+func Voters(n int) int { return min(n, maxVoters) }
 
 // left is what lies on a node, as far as records say, and what its eviction waits for.
 type left struct {
@@ -83,7 +78,8 @@ func (c *leader) others(but string) int {
 }
 
 // seats says whose seat among those that keep the catalogue is given or taken, if the cluster keeps its catalogue itself. A seat is taken only from a node that a person
-// removed, never for silence: nobody can tell one that is cut off from one that is dead, and every change of seats needs the others. It is given to a node that is up.
+// removed, never for silence: nobody can tell one that is cut off from one that is dead, and every change of seats needs the others. It is given to a node that is up. When two nodes got the last
+// seat at once, one that has not taken it yet loses it.
 func (c *leader) seats() map[string]bool {
 	out := map[string]bool{}
 	embedded, nodes, seated := false, 0, 0
@@ -105,13 +101,17 @@ func (c *leader) seats() map[string]bool {
 		return nil
 	}
 	for _, name := range sorted(c.v.Nodes) {
-		n := c.v.Nodes[name]
-		if seated >= Voters(nodes) {
-			break
-		}
-		if w := &n.Wanted.Value; n.Wanted.Is() && !w.Voter && w.Deleted == nil && c.v.Up(name) {
+		w := c.v.Nodes[name].Wanted
+		if free := !w.Value.Voter && w.Value.Deleted == nil && !w.Value.EvictionRequested; w.Is() && free && seated < Voters(nodes) && c.v.Up(name) {
 			out[name] = true
 			seated++
+		}
+	}
+	for _, name := range slices.Backward(sorted(c.v.Nodes)) {
+		n := c.v.Nodes[name]
+		if w := &n.Wanted.Value; seated > maxVoters && w.Voter && w.Deleted == nil && n.Observed.Value.Member == "" {
+			out[name] = false
+			seated--
 		}
 	}
 	return out
@@ -242,7 +242,7 @@ func RefuseRemoval(v *View, r Removal) []string {
 	case c.others(r.Node) == 0:
 		return []string{"it is the last node of the cluster"}
 	case n.Wanted.Value.Voter && voters == 0:
-		why = append(why, "it is the only node that keeps the catalogue; with a third node there will be others")
+		why = append(why, "it is the only node that keeps the catalogue; another will when it has joined and is up")
 	case n.Wanted.Value.Voter && live <= (voters+1)/2:
 		why = append(why, fmt.Sprintf("it is one of %d nodes that keep the catalogue, and only %d of the others are up: the catalogue could not be changed", voters+1, up))
 	}
