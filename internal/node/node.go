@@ -32,6 +32,7 @@ import (
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/export/blockdev"
 	"ashlar/internal/identity"
+	"ashlar/internal/plan"
 )
 
 // Config says what a node is.
@@ -176,7 +177,7 @@ func (n *Node) build(ctx context.Context) error {
 		after = l.after
 	}
 	n.loop("agent", after(ag.Run))
-	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, Log: n.cfg.Log}).Run))
+	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}, Log: n.cfg.Log}).Run))
 	n.loop("alive", after(func(ctx context.Context) error { return n.hold(ctx, cat) }))
 	handler := n.handler(cat, ag)
 	// Streams have no end of their own, and would hold up the shutdown of what serves them.
@@ -200,7 +201,7 @@ func (n *Node) handler(cat catalog.Catalog, ag *agent.Agent) *api.Handler {
 	}
 	return api.New(api.Config{
 		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log,
-		Cluster: membership{n, cat}, Forward: n.forward(cat),
+		Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf,
 	})
 }
 
@@ -224,6 +225,14 @@ func (n *Node) address() string {
 		return n.state.Host
 	}
 	return "127.0.0.1"
+}
+
+// nodeOf tells from an agent's error which node has what was asked for.
+func nodeOf(err error) string {
+	if e, ok := errors.AsType[agent.Elsewhere](err); ok {
+		return e.Node
+	}
+	return ""
 }
 
 // codeOf is the API's code for what the agent could not answer; the words are those of the data process's wire.
