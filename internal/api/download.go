@@ -143,7 +143,7 @@ func (h *Handler) volumeDownload(c *call) (any, error) {
 func (h *Handler) download(c *call, d download, node string) (any, error) {
 	what := "the download of " + d.kind + " " + d.name
 	switch {
-	case h.elsewhere(node):
+	case h.elsewhere(c.r, node):
 		return h.forward(c, node, what)
 	case h.cfg.Extra == nil:
 		return nil, missing("download")

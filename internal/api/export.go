@@ -61,7 +61,7 @@ func (h *Handler) exportFile(c *call) (any, error) {
 	if err := wantSnapshot(v, in.Snapshot); err != nil {
 		return nil, err
 	}
-	if node := v.nodeOfVolume(); h.elsewhere(node) {
+	if node := v.nodeOfVolume(); h.elsewhere(c.r, node) {
 		return nil, Failure(CodeConflict, "volume %s: node %s has it, and would write the file there; ask that node, or download it: GET …/download", c.id, node)
 	}
 	op, err := h.operate(c.r.Context(), v, catalog.Operation{
@@ -187,7 +187,7 @@ func (h *Handler) snapshotDiff(c *call) (any, error) {
 	}
 	what := "the differences of volume " + c.id
 	switch node := v.nodeOfVolume(); {
-	case h.elsewhere(node):
+	case h.elsewhere(c.r, node):
 		return h.forwardBody(c, node, what, in)
 	case h.cfg.Extra == nil:
 		return nil, missing("snapshotDiff")
@@ -205,8 +205,8 @@ func (h *Handler) snapshotDiff(c *call) (any, error) {
 		}
 		cut = true
 	})
-	if err != nil && h.cfg.NodeOf != nil && h.elsewhere(h.cfg.NodeOf(err)) {
-		return h.forwardBody(c, h.cfg.NodeOf(err), what, in)
+	if node := h.nodeOf(err); node != "" {
+		return h.forwardBody(c, node, what, in)
 	}
 	if err != nil {
 		return nil, err

@@ -33,12 +33,18 @@ func isFromNode(r *http.Request) bool {
 	return from
 }
 
-// elsewhere tells whether a call is to be answered by another node.
-func (h *Handler) elsewhere(node string) bool { return node != "" && node != h.cfg.Node }
+// elsewhere tells whether a call is to be answered by another node, as far as the records say. One that another node passed on is tried here: that node has asked its agent, or read
+// records that are newer than ours.
+func (h *Handler) elsewhere(r *http.Request, node string) bool {
+	return node != "" && node != h.cfg.Node && r.Header.Get(HeaderForwarded) == ""
+}
 
 // forward has another node answer a call, unread and whole. Without a cluster, and for a request that was passed on already, it is a refusal that names the node.
 func (h *Handler) forward(c *call, node, what string) (any, error) {
-	if h.cfg.Forward == nil || c.r.Header.Get(HeaderForwarded) != "" {
+	if from := c.r.Header.Get(HeaderForwarded); from != "" {
+		return nil, Failure(CodeUnreachable, "%s: node %s asked node %s, and only node %s can answer; it may just have moved: try again", what, quote(from), h.cfg.Node, node)
+	}
+	if h.cfg.Forward == nil {
 		return nil, Failure(CodeNotBuilt, "%s: only node %s can answer that, and this is node %s", what, node, h.cfg.Node)
 	}
 	to, err := h.cfg.Forward(c.r.Context(), node)
@@ -77,13 +83,21 @@ func (c *call) hop(from string) *http.Request {
 
 // orForward is what to do with an error of Extra: one that says which node has what was asked for is answered there, if nothing of the request or the answer was spent yet.
 func (h *Handler) orForward(c *call, err error, what string) (any, error) {
-	if err == nil || h.cfg.NodeOf == nil {
-		return nil, err
-	}
-	if node := h.cfg.NodeOf(err); h.elsewhere(node) {
+	if node := h.nodeOf(err); node != "" {
 		return h.forward(c, node, what)
 	}
 	return nil, err
+}
+
+// nodeOf is the other node that an error of Extra names; "" if it names none.
+func (h *Handler) nodeOf(err error) string {
+	if err == nil || h.cfg.NodeOf == nil {
+		return ""
+	}
+	if node := h.cfg.NodeOf(err); node != h.cfg.Node {
+		return node
+	}
+	return ""
 }
 
 // nodeSet are the nodes, and which of them live.

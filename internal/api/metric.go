@@ -40,7 +40,7 @@ func (h *Handler) metrics(w http.ResponseWriter, r *http.Request) {
 		h.fail(w, r, wrongMethod(w, r, []string{http.MethodGet}))
 		return
 	}
-	if node := r.URL.Query().Get("node"); h.elsewhere(node) {
+	if node := r.URL.Query().Get("node"); h.elsewhere(r, node) {
 		if _, err := h.forward(&call{r: r, w: w, base: baseURL(r)}, node, "the metrics of node "+quote(node)); err != nil {
 			h.fail(w, r, err)
 		}

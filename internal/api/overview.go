@@ -130,8 +130,8 @@ func (h *Handler) overviewNodes(c *call, nodes nodeSet, out *Overview) {
 		}
 		for _, disk := range slices.Sorted(maps.Keys(n.Disks)) {
 			d := n.Disks[disk]
-			if n.State == NodeDown {
-				break
+			if n.State == NodeDown || ready.Reason == reasonNotSeen {
+				break // said for the node
 			}
 			for _, cond := range []string{catalog.ConditionReady, catalog.ConditionNearlyFull} {
 				if s := d.Conditions[cond]; s.Message != "" && (s.Status == catalog.ConditionTrue) == (cond == catalog.ConditionNearlyFull) {

@@ -149,6 +149,9 @@ type bytesExtra struct {
 	breaks   int           // after so many bytes a download breaks off; 0: never
 	noSize   bool          // a download does not know its size
 	stopped  chan struct{} // closed when a download's body is closed, if set
+
+	elsewhere error // of Download
+	shutdowns int
 }
 
 func (e *bytesExtra) VolumeCounters(context.Context, func(string, map[string]uint64)) error {
@@ -177,7 +180,17 @@ type body struct {
 
 func (b body) Close() error { b.closed(); return nil }
 
+func (e *bytesExtra) Shutdown(context.Context) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.shutdowns++
+	return nil
+}
+
 func (e *bytesExtra) Download(_ context.Context, _, _, _, _ string) (io.ReadCloser, int64, error) {
+	if e.elsewhere != nil {
+		return nil, 0, e.elsewhere
+	}
 	r, size := io.Reader(bytes.NewReader(e.content)), int64(len(e.content))
 	if e.breaks > 0 {
 		r = io.MultiReader(bytes.NewReader(e.content[:e.breaks]), iotest.ErrReader(errors.New("the source is gone")))

@@ -43,7 +43,7 @@ func (h *Handler) imageUpload(c *call) (any, error) {
 	switch {
 	case err != nil:
 		return nil, err
-	case h.elsewhere(node):
+	case h.elsewhere(c.r, node):
 		return h.forward(c, node, "the upload of image "+c.id)
 	case h.cfg.Extra == nil:
 		return nil, missing("upload")
@@ -53,6 +53,9 @@ func (h *Handler) imageUpload(c *call) (any, error) {
 		return nil, err
 	}
 	err = h.cfg.Extra.Upload(c.r.Context(), c.id, u.size, u)
+	if node := h.nodeOf(err); node != "" && u.n == 0 && u.rest == nil { // the records did not say so, and nothing was read yet
+		return h.forward(c, node, "the upload of image "+c.id)
+	}
 	if err == nil {
 		err = u.finish()
 	}
