@@ -202,9 +202,13 @@ func (m *Mem) Hold(ctx context.Context, h Holding, held func(Rev)) error {
 	}
 	held(rev)
 	gone := errors.New("given up")
+	mine := true // until another holder replaces the record
 	err := m.Watch(ctx, rev, func(ev Event) error {
-		if ev.Key == h.Key {
-			return gone
+		if ev.Key == h.Key && mine {
+			if ev.Value == nil {
+				return gone
+			}
+			mine = false
 		}
 		return nil
 	})

@@ -31,6 +31,7 @@ func Run(t *testing.T, open func(t *testing.T) Subject) {
 		{"typed", typed}, {"concurrent updates", concurrentUpdates}, {"watch order", watchOrder}, {"watch resumes", watchResumes},
 		{"watch ends", watchEnds}, {"watch is prompt", watchPrompt}, {"compaction", compaction}, {"list then watch", listThenWatch},
 		{"random against a model", model}, {"close", closing}, {"cancelled", cancelled}, {"follow", follow}, {"note", note},
+		{"hold", hold}, {"hold twice", holdTwice}, {"hold ends at close", holdClosed},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := open(t)
@@ -569,5 +570,106 @@ func note(t *testing.T, s Subject) {
 	}
 	if len(items) != 2 || counts["Attached"] != 2 || counts["Detached"] != 1 {
 		t.Fatalf("events %v", items)
+	}
+}
+
+// holding holds a record until its end is called, which returns what Hold returned.
+func holding(t *testing.T, s Subject, k catalog.Key, value string) (rev catalog.Rev, end func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	held := make(chan catalog.Rev, 2)
+	done := make(chan error, 1)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		done <- s.Hold(ctx, catalog.Holding{Key: k, Value: []byte(value), TTL: 2 * time.Second}, func(r catalog.Rev) { held <- r })
+	})
+	select {
+	case rev = <-held:
+	case err := <-done:
+		t.Fatalf("hold %s: %v", k, err)
+	case <-time.After(10 * time.Second):
+		t.Fatalf("hold %s: not held after 10 s", k)
+	}
+	return rev, func() error {
+		cancel()
+		wg.Wait()
+		if len(held) > 0 {
+			t.Errorf("held was called twice")
+		}
+		return <-done
+	}
+}
+
+// hold: the record is there as long as the call lasts, and longer than its ttl.
+func hold(t *testing.T, s Subject) {
+	k := catalog.AliveKey("n1")
+	for _, v := range []string{"", "{"} {
+		err := s.Hold(t.Context(), catalog.Holding{Key: k, Value: []byte(v), TTL: time.Second}, func(catalog.Rev) { t.Error("held") })
+		wantErr(t, "hold of value "+v, err, catalog.ErrKey)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	wantErr(t, "hold with a context that ended", s.Hold(ended, catalog.Holding{Key: k, Value: []byte(`1`), TTL: time.Second}, func(catalog.Rev) { t.Error("held") }), context.Canceled)
+
+	old := mustPut(t, s, k, `"somebody's"`, 0)
+	rev, end := holding(t, s, k, `1`)
+	if got := collect(t, s, old, 1); got[0].Key != k || string(got[0].Value) != `1` || got[0].Rev != rev {
+		t.Fatalf("holding shows as %v, held says %d", got, rev)
+	}
+	<-time.After(2500 * time.Millisecond) // its ttl is 2 s
+	e, err := s.Get(t.Context(), k)
+	must(t, err)
+	if string(e.Value) != `1` || e.Rev != rev {
+		t.Fatalf("the record is %s at %d, held at %d", e.Value, e.Rev, rev)
+	}
+	wantErr(t, "hold after its context ended", end(), context.Canceled)
+	_, err = s.Get(t.Context(), k)
+	wantErr(t, "get after the hold ended", err, catalog.ErrNotFound)
+	if got := collect(t, s, rev, 1); got[0].Key != k || got[0].Value != nil {
+		t.Fatalf("the end shows as %v", got)
+	}
+	_, end = holding(t, s, k, `2`)
+	wantErr(t, "hold again", end(), context.Canceled)
+}
+
+// holdTwice: a second holder replaces the record, and the first one's end leaves it alone.
+func holdTwice(t *testing.T, s Subject) {
+	k := catalog.AliveKey("n1")
+	r1, end1 := holding(t, s, k, `1`)
+	r2, end2 := holding(t, s, k, `2`)
+	if r2 <= r1 {
+		t.Fatalf("revisions %d, then %d", r1, r2)
+	}
+	_, other := holding(t, s, catalog.AliveKey("n2"), `3`)
+	wantErr(t, "first hold after its context ended", end1(), context.Canceled)
+	e, err := s.Get(t.Context(), k)
+	must(t, err)
+	if string(e.Value) != `2` || e.Rev != r2 {
+		t.Fatalf("the first holder's end made the second one's record %s at %d", e.Value, e.Rev)
+	}
+	wantErr(t, "second hold after its context ended", end2(), context.Canceled)
+	_, err = s.Get(t.Context(), k)
+	wantErr(t, "get after both ended", err, catalog.ErrNotFound)
+	if _, err := s.Get(t.Context(), catalog.AliveKey("n2")); err != nil {
+		t.Fatalf("another record: %v", err)
+	}
+	wantErr(t, "third hold", other(), context.Canceled)
+}
+
+func holdClosed(t *testing.T, s Subject) {
+	held := make(chan catalog.Rev, 1)
+	done := make(chan error, 1)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		done <- s.Hold(t.Context(), catalog.Holding{Key: catalog.AliveKey("n1"), Value: []byte(`1`), TTL: time.Second}, func(r catalog.Rev) { held <- r })
+	})
+	<-held
+	must(t, s.Close())
+	select {
+	case err := <-done:
+		wantErr(t, "hold of a closed catalogue", err, catalog.ErrUnreachable)
+	case <-time.After(10 * time.Second):
+		t.Fatal("hold outlives its catalogue")
 	}
 }

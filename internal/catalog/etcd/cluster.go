@@ -90,12 +90,13 @@ type State string
 
 // The states.
 const (
-	StateNone    State = "none"    // the etcd is not ours
-	StateAlone   State = "alone"   // a member that listens nowhere
-	StateLearner State = "learner" // it catches up and has no vote
-	StateVoter   State = "voter"
-	StateFailed  State = "failed"  // it stopped by itself, for example because its disk is full; the error says why
-	StateRemoved State = "removed" // the others removed it
+	StateNone     State = "none"     // the etcd is not ours
+	StateAlone    State = "alone"    // a member that listens nowhere
+	StateStarting State = "starting" // it has not heard from the others yet
+	StateLearner  State = "learner"  // it catches up and has no vote
+	StateVoter    State = "voter"
+	StateFailed   State = "failed"  // it stopped by itself, for example because its disk is full; the error says why
+	StateRemoved  State = "removed" // the others removed it
 )
 
 var (

@@ -379,6 +379,7 @@ func (c *cluster) stores() map[string]*etcd.Store {
 
 // TestThreeMembers: a lone member becomes the first of three with what it has; members see each other; one that stops is not missed; all stop and come back.
 func TestThreeMembers(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	alone := open(t, c.nodes[0].dir)
 	put(t, alone, "before")
@@ -436,5 +437,112 @@ func TestThreeMembers(t *testing.T) {
 	e, err := c.nodes[0].store.Get(t.Context(), counter)
 	if n, _ := strconv.Atoi(string(e.Value)); err != nil || n < l.acked {
 		t.Fatalf("after all stopped: %s, %v; %d were acknowledged", e.Value, err, l.acked)
+	}
+}
+
+// TestMembership: what may be said again, what is refused, what a removed and an emptied member are told, and how they come back.
+func TestMembership(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	a, b := c.nodes[0], c.nodes[1]
+	c.open(a)
+	ctx, s := t.Context(), a.store
+	if err := s.RemoveMember(ctx, "n1"); !errors.Is(err, etcd.ErrLastVoter) {
+		t.Fatalf("remove the last voter: %v", err)
+	}
+	if err := s.Promote(ctx, "n2"); !errors.Is(err, etcd.ErrNoMember) {
+		t.Fatalf("promote nobody: %v", err)
+	}
+	if err := s.RemoveMember(ctx, "n2"); err != nil {
+		t.Fatalf("remove nobody: %v", err)
+	}
+	b.member.Members = c.peers()
+	if _, err := etcd.Open(ctx, b.options(t)); !errors.Is(err, etcd.ErrRemoved) {
+		t.Fatalf("join without having been added: %v", err)
+	}
+
+	stale, err := s.AddLearner(ctx, "n2", "https://127.0.0.1:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := s.AddLearner(ctx, "n2", b.member.PeerURL)
+	if err != nil || m.ID == stale.ID {
+		t.Fatalf("add with another URL: %+v, %v", m, err)
+	}
+	if same, err := s.AddLearner(ctx, "n2", b.member.PeerURL); err != nil || same.ID != m.ID {
+		t.Fatalf("add again: %+v, %v", same, err)
+	}
+	if _, err := s.AddLearner(ctx, "n3", b.member.PeerURL); !errors.Is(err, etcd.ErrOptions) {
+		t.Fatalf("another's URL: %v", err)
+	}
+	if ms, err := s.Members(ctx); err != nil || len(ms) != 2 || ms[1].Name != "n2" || !ms[1].Learner || ms[1].Alive || ms[1].PeerURL != b.member.PeerURL {
+		t.Fatalf("members %+v, %v", ms, err)
+	}
+	c.open(b)
+	eventually(t, 10*time.Second, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateLearner && err == nil })
+	put(t, b.store, "from a learner's node")
+	for range 2 {
+		if err := s.Promote(ctx, "n2"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, 10*time.Second, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateVoter && err == nil })
+	if same, err := s.AddLearner(ctx, "n2", b.member.PeerURL); err != nil || same.ID != m.ID || same.Learner {
+		t.Fatalf("add a voter: %+v, %v", same, err)
+	}
+	d := c.nodes[2]
+	d.member.Members = c.peers()
+	c.join(s, d)
+
+	c.close(b)
+	if err := os.RemoveAll(b.dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := etcd.Open(ctx, b.options(t)); !errors.Is(err, etcd.ErrEmptied) {
+		t.Fatalf("open with an emptied directory: %v", err)
+	}
+	for range 2 {
+		if err := etcd.Rejoin(ctx, b.options(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.open(b)
+	if err := s.Promote(ctx, "n2"); err != nil {
+		t.Fatal(err)
+	}
+	put(t, b.store, "with an emptied directory")
+
+	if err := s.RemoveMember(ctx, "n2"); err != nil { // while it runs
+		t.Fatal(err)
+	}
+	select {
+	case <-b.store.MemberFailed():
+	case <-time.After(10 * time.Second):
+		t.Fatal("a removed member does not notice")
+	}
+	if state, err := b.store.MemberState(); state != etcd.StateRemoved || !errors.Is(err, etcd.ErrRemoved) {
+		t.Fatalf("state %v, %v", state, err)
+	}
+	put(t, b.store, "from a node whose member was removed")
+	c.close(b)
+	if _, err := etcd.Open(ctx, b.options(t)); !errors.Is(err, etcd.ErrRemoved) {
+		t.Fatalf("open a removed member: %v", err)
+	}
+	if err := etcd.Rejoin(ctx, b.options(t)); err != nil {
+		t.Fatal(err)
+	}
+	c.open(b)
+	if err := s.Promote(ctx, "n2"); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(names(t, b.store)); n == 0 {
+		t.Fatal("no records")
+	}
+	c.close(d)
+	if err := s.RemoveMember(ctx, "n2"); !errors.Is(err, etcd.ErrQuorum) {
+		t.Fatalf("remove one of two that are left of three: %v", err)
+	}
+	if err := s.RemoveMember(ctx, "n3"); err != nil {
+		t.Fatalf("remove the dead one of three: %v", err)
 	}
 }

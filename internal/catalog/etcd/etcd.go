@@ -61,6 +61,7 @@ type Store struct {
 	route  *route         // nil: nobody answers
 	away   error          // why nobody answers
 	moved  chan struct{}  // closed and replaced when route changes
+	known  []string       // URLs of the members that can be asked
 }
 
 // route is the client that calls go through, until it is over.

@@ -75,11 +75,13 @@ func subject(s *etcd.Store) catalogtest.Subject {
 
 // TestSuite runs the contract on the embedded member.
 func TestSuite(t *testing.T) {
+	t.Parallel()
 	catalogtest.Run(t, func(t *testing.T) catalogtest.Subject { return subject(open(t, t.TempDir())) })
 }
 
 // TestSuiteEndpoints runs the contract on an etcd that exists already, over the network.
 func TestSuiteEndpoints(t *testing.T) {
+	t.Parallel()
 	cfg := embed.NewConfig()
 	cfg.Dir = t.TempDir()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

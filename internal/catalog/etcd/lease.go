@@ -62,6 +62,9 @@ func (l *lease) keep(ctx context.Context) error {
 		case <-ctx.Done():
 			wait.Stop()
 			return ctx.Err()
+		case <-l.s.ctx.Done():
+			wait.Stop()
+			return fmt.Errorf("closed: %w", catalog.ErrUnreachable)
 		case <-wait.C:
 		}
 		sent := time.Now()

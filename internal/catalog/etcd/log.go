@@ -14,10 +14,10 @@ import (
 func quiet(log *slog.Logger) *zap.Logger { return zap.New(core{log: log}) }
 
 // guarded is the logger of a member. Where etcd would end the process (Fatal, Panic: a log that cannot be written, a broken invariant) only the goroutine ends, as by
-// runtime.Goexit, and gaveUp hears why; whoever hears it stops the member.
-func guarded(log *slog.Logger, gaveUp func(error)) *zap.Logger {
-	h := hook{gaveUp: gaveUp}
-	return zap.New(core{log: log}, zap.WithFatalHook(h), zap.WithPanicHook(h))
+// runtime.Goexit, and the member gives up; whoever hears it stops the rest. What etcd complains of while it is being stopped is dropped.
+func guarded(log *slog.Logger, m *member) *zap.Logger {
+	h := hook{gaveUp: m.gaveUp}
+	return zap.New(core{log: log, mute: m.stopping}, zap.WithFatalHook(h), zap.WithPanicHook(h))
 }
 
 // hook is a zapcore.CheckWriteHook.
@@ -45,6 +45,7 @@ func reason(message string, fields []zapcore.Field) error {
 type core struct {
 	log  *slog.Logger
 	with []zapcore.Field
+	mute func() bool // nil: never
 }
 
 // Enabled implements zapcore.Core.
@@ -52,7 +53,7 @@ func (c core) Enabled(l zapcore.Level) bool { return l >= zapcore.ErrorLevel }
 
 // With implements zapcore.Core.
 func (c core) With(f []zapcore.Field) zapcore.Core {
-	return core{log: c.log, with: append(c.with[:len(c.with):len(c.with)], f...)}
+	return core{log: c.log, with: append(c.with[:len(c.with):len(c.with)], f...), mute: c.mute}
 }
 
 // Check implements zapcore.Core.
@@ -65,6 +66,9 @@ func (c core) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedE
 
 // Write implements zapcore.Core.
 func (c core) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	if c.mute != nil && c.mute() {
+		return nil
+	}
 	enc := zapcore.NewMapObjectEncoder()
 	for _, f := range append(c.with[:len(c.with):len(c.with)], fields...) {
 		f.AddTo(enc)

@@ -41,6 +41,8 @@ const (
 	lockPatience   = 200 * time.Millisecond
 	// stopPatience bounds the wait for a member that stopped by itself: what etcd was doing then may never end.
 	stopPatience = 3 * time.Second
+	// passOnPatience bounds the attempt to pass leadership on at the end.
+	passOnPatience = time.Second
 )
 
 // member is etcd inside this process.
@@ -76,6 +78,13 @@ func (m *member) gaveUp(err error) {
 	}
 }
 
+// stopping tells whether stop was called.
+func (m *member) stopping() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.begun
+}
+
 // state returns what the member is doing, and why it stopped.
 func (m *member) state() (State, error) {
 	m.mu.Lock()
@@ -88,7 +97,17 @@ func (m *member) state() (State, error) {
 		return StateFailed, err
 	case m.client != nil:
 		return StateAlone, nil
-	case m.etcd.Server.IsLearner():
+	}
+	select {
+	case <-m.etcd.Server.ReadyNotify(): // before, it does not know what it is
+	default:
+		return StateStarting, nil
+	}
+	self := m.etcd.Server.Cluster().Member(m.etcd.Server.MemberID())
+	switch {
+	case self == nil:
+		return StateRemoved, ErrRemoved
+	case self.IsLearner:
 		return StateLearner, nil
 	}
 	return StateVoter, nil
@@ -124,7 +143,7 @@ func (m *member) start(dir string, cfg *embed.Config) error {
 		return err
 	}
 	m.lock = lock
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(guarded(m.log, m.gaveUp))
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(guarded(m.log, m))
 	if err := m.startEtcd(cfg); err != nil {
 		return errors.Join(err, lock.Close())
 	}
@@ -263,18 +282,40 @@ func (m *member) stop() {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		defer close(m.stopped) // also if etcd ends this goroutine
-		for _, p := range m.etcd.Peers {
-			select {
-			case <-m.failed:
-				_ = p.Listener.Close() // etcd's own stop may never come so far
-			default:
-			}
-		}
 		if m.endStreams != nil {
 			m.endStreams()
 		}
+		select {
+		case <-m.failed: // etcd's own stop may never come so far
+			for _, p := range m.etcd.Peers {
+				_ = p.Listener.Close()
+			}
+			for _, l := range m.etcd.Clients {
+				_ = l.Close()
+			}
+		default:
+			m.passOn()
+		}
 		m.etcd.Close()
 	})
+}
+
+// passOn lets another member lead, so that nobody has to find out that this one is gone. etcd's own attempt would wait for seconds for members that are gone too.
+func (m *member) passOn() {
+	tried := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer close(tried)
+		_ = m.etcd.Server.TryTransferLeadershipOnShutdown() // an election, then
+	})
+	patience := time.NewTimer(passOnPatience)
+	defer patience.Stop()
+	select {
+	case <-tried:
+	case <-patience.C:
+	}
+	m.etcd.Server.HardStop()
+	wg.Wait()
 }
 
 // close stops the member and waits for it. If it had failed it may be that etcd never ends; then its directory stays in use until the process ends.

@@ -19,6 +19,8 @@ const (
 	memberPrefix = "/ashlar/member/"
 	// promoteWait stands between two attempts to promote a learner.
 	promoteWait = 100 * time.Millisecond
+	// sameIDWait is how long the clock of etcd's ids may show the same time.
+	sameIDWait = time.Second
 	// aliveWait is how long a member may take to say that it is there.
 	aliveWait = time.Second
 )
@@ -41,6 +43,11 @@ func (s *Store) addLearner(ctx context.Context, name, peerURL string) (MemberInf
 	}
 	for _, x := range list {
 		mine, here := x.Name == name, slices.Contains(x.PeerURLs, peerURL)
+		for other, url := range added {
+			if x.Name == "" && here && other != name && url == peerURL {
+				return MemberInfo{}, fmt.Errorf("member %q was added at %s: %w", other, url, ErrOptions)
+			}
+		}
 		switch {
 		case here && (mine || x.Name == ""):
 			return info(x), s.recordMember(ctx, name, peerURL)
@@ -56,15 +63,27 @@ func (s *Store) addLearner(ctx context.Context, name, peerURL string) (MemberInf
 	if err := s.recordMember(ctx, name, peerURL); err != nil {
 		return MemberInfo{}, err
 	}
-	var r *clientv3.MemberAddResponse
-	err = s.call(ctx, once, func(ctx context.Context, c *clientv3.Client) (err error) {
-		r, err = c.MemberAddAsLearner(ctx, []string{peerURL})
-		return err
-	})
-	if err != nil {
-		return MemberInfo{}, err
+	for {
+		var r *clientv3.MemberAddResponse
+		err = s.call(ctx, once, func(ctx context.Context, c *clientv3.Client) (err error) {
+			r, err = c.MemberAddAsLearner(ctx, []string{peerURL})
+			return err
+		})
+		if err == nil {
+			return info(r.Member), nil
+		}
+		// etcd makes a member's id of its URL and the time in seconds, and refuses one that was removed: one that was there a moment ago.
+		if !errors.Is(err, rpctypes.ErrMemberNotFound) {
+			return MemberInfo{}, err
+		}
+		wait := time.NewTimer(sameIDWait)
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return MemberInfo{}, ctx.Err()
+		case <-wait.C:
+		}
 	}
-	return info(r.Member), nil
 }
 
 // Promote gives a learner its vote; it waits, until ctx ends, for it to start and catch up. One that has a vote already is no error. ErrNoMember.

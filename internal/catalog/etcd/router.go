@@ -27,7 +27,7 @@ const (
 	// homeAfter is how many probes in a row our own member must answer before it is used again.
 	homeAfter = 3
 	// syncEvery is how often the list of members is read.
-	syncEvery = 10 * time.Second
+	syncEvery = 3 * time.Second
 )
 
 // dialer makes clients of one member each.
@@ -126,6 +126,12 @@ func (r *router) set(urls []string) {
 		}
 	}
 	r.ends = ends
+	r.store.mu.Lock()
+	defer r.store.mu.Unlock()
+	r.store.known = r.store.known[:0:0]
+	for _, e := range ends {
+		r.store.known = append(r.store.known, e.url)
+	}
 }
 
 // run is the router's goroutine.
