@@ -273,3 +273,74 @@ func TestPeerImageRefusals(t *testing.T) {
 		t.Errorf("all is well again: %+v", j)
 	}
 }
+
+// filled makes a volume of random bytes on a bed, closed, and returns it with its bytes.
+func filled(t *testing.T, b *bed, c *client.Client, sizeBytes int) (client.OpenVolume, []byte) {
+	t.Helper()
+	a := b.volume(c, 1, int64(sizeBytes))
+	a.Node = b.node
+	b.open(c, a)
+	g := guest(t, b.runDir, a.Volume)
+	raw := make([]byte, sizeBytes)
+	r := rand.NewChaCha8([32]byte{1})
+	r.Read(raw) //nolint:errcheck // never fails
+	for off := 0; off < sizeBytes; off += mib {
+		if err := g.write(int64(off), raw[off:off+mib]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Fatal(err)
+	}
+	return a, raw
+}
+
+// TestCopyReplicaSourceRestarts: the original's data process goes away in the middle: given up meanwhile the copy ends at once and leaves nothing; otherwise it goes on when the process is back.
+func TestCopyReplicaSourceRestarts(t *testing.T) {
+	w := newTown(t, 2, newBed)
+	cs := w.ready()
+	from, to := w.beds[0], w.beds[1]
+	a, raw := filled(t, from, cs[0], 4*mib)
+	ask := client.CopyReplica{VolumeID: a.VolumeID, Volume: a.Volume, Node: to.node, DiskID: to.diskID, ReplicaID: id("repl", 2), From: a.ReplicaID, FromNode: from.node}
+	begin := func() {
+		t.Helper()
+		if err := cs[0].SetBackground(t.Context(), client.Background{BytesPerSecond: 2 * mib}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := cs[1].CopyReplica(t.Context(), ask); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the copy moves", func() bool {
+			jobs := to.state(cs[1]).Jobs
+			return len(jobs) == 1 && jobs[0].DoneBytes > 0 && jobs[0].State == jobRunning
+		})
+		wantCode(t, "delete what is being copied", cs[1].DeleteReplica(t.Context(), client.DeleteReplica{DiskID: to.diskID, ReplicaID: ask.ReplicaID}), client.CodeInUse)
+		from.end()
+	}
+	again := func() {
+		t.Helper()
+		cs[0] = from.start()
+	}
+	begin()
+	if err := cs[1].CancelImport(t.Context(), client.CancelImport{ImageID: ask.ReplicaID}); err != nil {
+		t.Fatal(err)
+	}
+	if names, err := os.ReadDir(filepath.Join(to.disk, replicasDir)); err != nil || len(names) > 0 || len(to.state(cs[1]).Jobs) > 0 {
+		t.Errorf("given up, left %v (%v), jobs %+v", names, err, to.state(cs[1]).Jobs)
+	}
+	again()
+	begin()
+	again()
+	if j := awaitJob(t, cs[1], ask.ReplicaID); j.State != jobDone {
+		t.Fatalf("copy: %+v", j)
+	}
+	b := a
+	b.Node, b.DiskID, b.ReplicaID = to.node, to.diskID, ask.ReplicaID
+	to.open(cs[1], b)
+	g := guest(t, to.runDir, b.Volume)
+	for off := 0; off < len(raw); off += mib {
+		if got, err := g.read(int64(off), mib); err != nil || !bytes.Equal(got, raw[off:off+mib]) {
+			t.Fatalf("at %d it reads something else (%v)", off, err)
+		}
+	}
+}
