@@ -145,10 +145,10 @@ func TestFaultyNetwork(t *testing.T) {
 			if err := r.Fence(t.Context(), replica.Writer{Epoch: 3, Session: 2}); err != nil {
 				t.Fatal(err)
 			}
-			if err := lanes(r, rnd, newLanes(4), 40); err != nil {
+			if err := lanes(r, rand.New(rand.NewPCG(seed, 2)), newLanes(4), 40); err != nil {
 				t.Errorf("seed %d: %v", seed, err)
 			}
-			t.Logf("%d connections", f.net.dials)
+			t.Logf("%d connections", f.net.dialed())
 		})
 	}
 }
@@ -160,12 +160,12 @@ func TestRestartUnderLoad(t *testing.T) {
 	for range rounds(3) {
 		f := newFar(t, testHead, testSize)
 		r := f.writer(t, replica.Writer{Epoch: 1, Session: 1})
-		list := newLanes(3)
+		list, mine := newLanes(3), rand.New(rand.NewPCG(rnd.Uint64(), 1))
 		done := make(chan struct{})
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			defer close(done)
-			if err := lanes(r, rand.New(rand.NewPCG(rnd.Uint64(), 1)), list, 150); err != nil {
+			if err := lanes(r, mine, list, 150); err != nil {
 				t.Error(err)
 			}
 		})
@@ -252,10 +252,10 @@ func TestSilence(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		f := newFar(t, testHead, testSize)
 		r := f.writer(t, replica.Writer{Epoch: 1, Session: 1})
-		dials := f.net.dials
+		dials := f.net.dialed()
 		pass(time.Hour) // an idle connection is kept
-		if since, err := r.Away(); f.net.dials != dials || !since.IsZero() {
-			t.Fatalf("after an idle hour: %d connections more, away since %v: %v", f.net.dials-dials, since, err)
+		if since, err := r.Away(); f.net.dialed() != dials || !since.IsZero() {
+			t.Fatalf("after an idle hour: %d connections more, away since %v: %v", f.net.dialed()-dials, since, err)
 		}
 		f.net.swallow()
 		f.net.away()
@@ -509,11 +509,11 @@ func TestSharing(t *testing.T) {
 		f := newFar(t, testHead, testSize)
 		r := f.writer(t, replica.Writer{Epoch: 1, Session: 1})
 		other := f.client(t)
-		if f.opens != 1 {
-			t.Errorf("opened %d times", f.opens)
+		if f.openedTimes() != 1 {
+			t.Errorf("opened %d times", f.openedTimes())
 		}
 		pass(time.Hour)
-		if f.open == nil {
+		if !f.isOpen() {
 			t.Error("released while it was used")
 		}
 		f.srv.Drop(testReplica)
@@ -521,21 +521,21 @@ func TestSharing(t *testing.T) {
 		if _, err := r.WriteAt(make([]byte, block.UnitBytes), 0); err != nil { // comes back by itself
 			t.Fatal(err)
 		}
-		if f.opens != 2 {
-			t.Errorf("opened %d times, want twice", f.opens)
+		if f.openedTimes() != 2 {
+			t.Errorf("opened %d times, want twice", f.openedTimes())
 		}
 		_, _ = r.Close(), other.Close()
 		pass(5 * time.Second)
-		if f.open == nil {
+		if !f.isOpen() {
 			t.Error("released at once")
 		}
 		pass(10 * time.Second)
-		if f.open != nil {
+		if f.isOpen() {
 			t.Error("never released")
 		}
 		r = f.writer(t, replica.Writer{Epoch: 2, Session: 1})
-		if f.opens != 3 {
-			t.Errorf("opened %d times, want three", f.opens)
+		if f.openedTimes() != 3 {
+			t.Errorf("opened %d times, want three", f.openedTimes())
 		}
 		_ = r.Close()
 	})

@@ -69,6 +69,13 @@ func (n *network) dial(ctx context.Context) (net.Conn, error) {
 	}
 }
 
+// dialed is how often somebody connected, or tried.
+func (n *network) dialed() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.dials
+}
+
 // each does something to every connection that there is.
 func (n *network) each(f func(*pipe)) {
 	n.mu.Lock()

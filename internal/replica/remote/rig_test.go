@@ -57,6 +57,18 @@ func newFar(t testing.TB, head replica.LayerID, size int64) *far {
 	return f
 }
 
+func (f *far) isOpen() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.open != nil
+}
+
+func (f *far) openedTimes() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.opens
+}
+
 func (f *far) bootID() string { return fmt.Sprintf("2f1c7d8e-0000-4000-8000-%012d", f.boot+1) }
 
 func logger(t testing.TB) *slog.Logger {
@@ -85,7 +97,7 @@ func (f *far) stop() {
 	f.net.away()
 	_ = f.srv.Close()
 	f.wg.Wait()
-	if f.open != nil {
+	if f.isOpen() {
 		f.t.Error("the replica was not released")
 	}
 }
