@@ -119,9 +119,11 @@ func sameDisks(a, b catalog.NodeObserved) bool {
 // markFound marks what follows from another look at the data process.
 func (l *loop) markFound(c plan.Changes) {
 	l.changed.all = l.changed.all || c.All
-	l.changed.node = l.changed.node || c.Space || c.Images || len(c.Volumes) > 0
+	l.changed.node = l.changed.node || c.Space || c.Images || c.Things
 	for id := range c.Volumes {
-		l.changed.volume(l.view.VolumeName(id))
+		name := l.view.VolumeName(id)
+		l.changed.volume(name)
+		l.changed.node = l.changed.node || name == "" // what no record names is shown
 	}
 	if c.Images {
 		l.markWaiting("")

@@ -199,6 +199,7 @@ type Changes struct {
 	All     bool            // another process, other disks: everything may follow from that
 	Space   bool            // a disk's free space
 	Images  bool            // which images are on the disks
+	Things  bool            // which replicas are on the disks
 	Jobs    bool            // exports or copies
 	Volumes map[string]bool // by volume id: those that are open, or have replicas, otherwise than before
 }
@@ -219,12 +220,12 @@ func (f *Found) Diff(g *Found) Changes {
 	c.Jobs = !slices.Equal(f.Jobs, g.Jobs)
 	for k, r := range g.x.replicas {
 		if was := f.x.replicas[k]; was == nil || *was != *r {
-			c.Volumes[r.VolumeID] = true
+			c.Volumes[r.VolumeID], c.Things = true, c.Things || was == nil
 		}
 	}
 	for k, r := range f.x.replicas {
 		if g.x.replicas[k] == nil {
-			c.Volumes[r.VolumeID] = true
+			c.Volumes[r.VolumeID], c.Things = true, true
 		}
 	}
 	for id, v := range g.x.volumes {

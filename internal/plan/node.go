@@ -485,23 +485,14 @@ func (p *planner) diskNotes(name string, was, d catalog.DiskObserved) []catalog.
 
 // unrecorded lists what no record names.
 func (p *planner) unrecorded() []catalog.Unrecorded {
-	volumes, replicas, images := map[string]bool{}, map[string]bool{}, map[string]bool{}
-	for _, v := range p.in.View.Volumes {
-		volumes[v.Wanted.Value.ID] = true
-		for _, r := range v.Wanted.Value.Replicas {
-			replicas[r.ReplicaID] = true
-		}
-		for _, r := range v.Wanted.Value.Dropped {
-			replicas[r.ReplicaID] = true
-		}
-	}
+	images := map[string]bool{}
 	for _, i := range p.in.View.Images {
 		images[i.Wanted.Value.ID] = true
 	}
 	var out []catalog.Unrecorded
 	for _, d := range p.in.Found.Disks {
 		for _, r := range d.Replicas {
-			if !replicas[r.ReplicaID] {
+			if v := p.in.View.VolumeName(r.VolumeID); v == "" || !names(p.in.View.Volumes[v].Wanted.Value, r.ReplicaID) {
 				out = append(out, catalog.Unrecorded{Kind: "replica", ID: r.ReplicaID, Name: r.Volume, DiskID: d.DiskID, Bytes: r.AllocatedBytes})
 			}
 		}
@@ -512,7 +503,7 @@ func (p *planner) unrecorded() []catalog.Unrecorded {
 		}
 	}
 	for _, v := range p.in.Found.Volumes {
-		if !volumes[v.VolumeID] {
+		if p.in.View.VolumeName(v.VolumeID) == "" {
 			out = append(out, catalog.Unrecorded{Kind: "volume", ID: v.VolumeID, Name: v.Volume, DiskID: v.DiskID})
 		}
 	}

@@ -17,7 +17,7 @@ func (p *planner) observeVolume(h *here, o *catalog.VolumeObserved) {
 	o.State = volumeState(p, h, o.State)
 	o.Error = p.volumeError(h)
 	o.Node, o.Endpoint, o.TCPEndpoint = "", "", ""
-	opens := h.w.Deleted == nil && h.diskOK && h.there && h.member.Is() && p.opensFor(h)
+	opens := h.w.Deleted == nil && h.away == "" && h.diskOK && h.there && h.member.Is() && p.opensFor(h)
 	if h.open || opens || o.State == catalog.VolumeAttached || o.State == catalog.VolumeAttaching {
 		o.Node = h.node
 	}
@@ -87,7 +87,7 @@ func (p *planner) robustness(h *here, state string) string {
 		return catalog.RobustnessUnknown
 	case h.lost(), failed, p.refused(h), h.there && h.replica.Failed != "":
 		return catalog.RobustnessFaulted
-	case h.away != "", h.found.Away != "": // it comes back by itself
+	case h.away != "" && !h.open, h.found.Away != "": // it comes back by itself
 		return catalog.RobustnessUnknown
 	case h.open && !h.diskOK:
 		return catalog.RobustnessFaulted
@@ -180,10 +180,7 @@ func (p *planner) openError(h *here) string {
 	switch {
 	case h.found.Away != "":
 		return "its copy is on node " + h.place.Node + ", which does not answer: " + h.found.Away
-	case h.away != "":
-		return "its copy is on " + h.away
-	}
-	if !h.diskOK {
+	case !h.diskOK:
 		return p.diskAway(h)
 	}
 	if why := p.notClosed(h); why != "" {

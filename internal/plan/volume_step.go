@@ -71,7 +71,7 @@ type here struct {
 	w     catalog.VolumeWanted
 	place catalog.Placement // the replica that is opened
 
-	away    string // why the replica's node cannot be reached; "": it can, or is this one
+	away    string // why the replica's node cannot be reached, as far as the catalogue knows; "": it can, or is this one. Of an open volume the data process knows better
 	diskOK  bool   // the replica's disk can be looked into; of another node: that node says so
 	diskWhy string // why not
 	disk    FoundDisk
@@ -125,11 +125,14 @@ func (p *planner) volume(name string) {
 	for _, r := range replicas {
 		p.begin(p.replicaStep(r, o))
 	}
-	w2 := Write{Key: catalog.VolumeKey(catalog.Observed, name), Value: o, Was: vol.Observed.Rev}
-	if home {
-		w2.Notes = p.volumeNotes(was, o)
+	if !home && len(replicas) == 0 {
+		return
 	}
-	if current := !p.write(w2, was); home {
+	write := Write{Key: catalog.VolumeKey(catalog.Observed, name), Value: o, Was: vol.Observed.Rev}
+	if home {
+		write.Notes = p.volumeNotes(was, o)
+	}
+	if current := !p.write(write, was); home {
 		p.volumeRecords(h, current)
 	}
 }
@@ -188,11 +191,10 @@ func placeToOpen(w catalog.VolumeWanted, m Half[catalog.Membership]) catalog.Pla
 // lookThere looks at a replica of another node through what that one said: until it has said anything, a volume that was written to has its replica.
 func (p *planner) lookThere(h *here, o catalog.VolumeObserved) {
 	h.away = p.away(h.place.Node)
-	h.diskWhy = h.away
 	for _, d := range p.in.View.Nodes[h.place.Node].Observed.Value.Disks {
-		if d.DiskID == h.place.DiskID && h.away == "" {
+		if d.DiskID == h.place.DiskID {
 			c := d.Conditions[catalog.ConditionReady]
-			h.diskOK, h.diskWhy = c.Status == catalog.ConditionTrue, c.Message
+			h.diskOK, h.diskWhy = c.Status != catalog.ConditionFalse, c.Message
 		}
 	}
 	h.there = h.member.Value.Epoch > 0
@@ -208,7 +210,6 @@ func (p *planner) strayStep(vol Volume, f *FoundVolume) Action {
 	h := &here{node: p.in.Node, vol: vol, w: vol.Wanted.Value, found: *f, open: true, member: p.in.View.Memberships[vol.Wanted.Value.ID]}
 	if len(h.w.Replicas) > 0 {
 		h.place = placeToOpen(h.w, h.member)
-		h.away = p.away(h.place.Node)
 	}
 	h.readings = p.readings[h.w.ID]
 	if h.stale() || !h.member.Is() || f.State == FoundOpening || f.State == FoundClosing {
@@ -274,7 +275,7 @@ func (p *planner) openStep(h *here) Action {
 }
 
 func (h *here) closeAction() CloseVolume {
-	force := h.fenced() || h.away != "" || h.found.Away != ""
+	force := h.fenced() || h.found.Away != ""
 	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.readings, force}
 }
 
@@ -316,7 +317,7 @@ func (p *planner) volumeStep(h *here) Action {
 		return nil // its end is recorded first
 	case h.open:
 		return p.haveStep(h)
-	case !h.diskOK || !h.member.Is() || !h.there:
+	case h.away != "" || !h.diskOK || !h.member.Is() || !h.there:
 		return nil
 	case h.todo && h.op.Value.Verb == catalog.VerbCheck:
 		return h.operate()
