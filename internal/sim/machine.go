@@ -68,7 +68,7 @@ func (m *Machine) Ensure(ctx context.Context) (client.Service, error) {
 func (m *Machine) start() error {
 	m.lives++
 	p := &process{
-		m: m, rev: 1, changed: make(chan struct{}), slots: map[string]*slot{}, locals: map[string]*shared{},
+		m: m, rev: 1, changed: make(chan struct{}), slots: map[string]*slot{}, locals: map[string]*shared{}, opening: newToken(),
 		hello: client.Hello{Version: "sim", APIMin: client.APIMin, APICurrent: client.APICurrent, PID: m.lives, BootID: m.boot(), Started: time.Now()},
 	}
 	p.life, p.end = context.WithCancel(context.Background())
@@ -80,7 +80,7 @@ func (m *Machine) start() error {
 		}
 	})
 	for id, e := range m.open {
-		s := &slot{args: e.args, state: "opening"}
+		s := &slot{args: e.args, state: "opening", busy: newToken()}
 		p.slots[id] = s
 		p.wg.Go(func() { p.reopen(s, e) })
 	}
@@ -142,7 +142,7 @@ type process struct {
 	cid     string
 	slots   map[string]*slot
 	locals  map[string]*shared
-	opening sync.Mutex // local replicas are opened and closed one at a time
+	opening token // local replicas are opened and closed one at a time
 }
 
 // slot is a volume that is open, or is to be. Its fields are guarded by the process's lock.
@@ -153,8 +153,17 @@ type slot struct {
 	vol   *volume.Volume
 	w     replica.Writer
 	drop  func() // the replica's release
-	busy  sync.Mutex
+	busy  token
 }
+
+// token is a lock that may be held while its holder waits: the bubble's clock goes on meanwhile, which it does not while anybody waits for a Mutex.
+type token chan struct{}
+
+func newToken() token { return make(token, 1) }
+
+func (t token) Lock() { t <- struct{}{} }
+
+func (t token) Unlock() { <-t }
 
 // shared is an open local replica and how many use it.
 type shared struct {
@@ -331,7 +340,7 @@ func (p *process) OpenVolume(ctx context.Context, a client.OpenVolume) (client.V
 	p.mu.Lock()
 	s := p.slots[a.VolumeID]
 	if s == nil {
-		s = &slot{args: a, state: "opening"}
+		s = &slot{args: a, state: "opening", busy: newToken()}
 		p.slots[a.VolumeID] = s
 	}
 	p.mu.Unlock()
