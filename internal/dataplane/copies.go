@@ -286,7 +286,11 @@ func (m *move) run(ctx context.Context) error {
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farLastPatience)
 	defer cancel()
-	closed := vol.Close(last)
+	end := vol.Close
+	if since, _ := m.away(src); err != nil && !since.IsZero() {
+		end = func(context.Context) error { return vol.Abandon() } // there is nobody to say anything to
+	}
+	closed := end(last)
 	if err == nil {
 		return nil // the volume has ended, and what its old copy says to its end means nothing
 	}
@@ -418,16 +422,22 @@ func (m *move) watch(ctx context.Context, vol *volume.Volume, src origin, cancel
 			return
 		case <-tick.C:
 		}
-		if far, ok := src.(farOrigin); ok {
-			if since, err := far.Away(); !since.IsZero() && time.Since(since) > copyAwayPatience {
-				cancel(fmt.Errorf("node %s does not answer since %s: %w: %w", m.args.FromNode, since.UTC().Format(time.RFC3339), remote.ErrAway, err))
-				return
-			}
+		if since, err := m.away(src); !since.IsZero() && time.Since(since) > copyAwayPatience {
+			cancel(fmt.Errorf("node %s does not answer since %s: %w: %w", m.args.FromNode, since.UTC().Format(time.RFC3339), remote.ErrAway, err))
+			return
 		}
 		ask, end := context.WithTimeout(ctx, farAskPatience)
 		vol.Confirm(ask) //nolint:errcheck // if it is over, it has ended
 		end()
 	}
+}
+
+// away tells since when, and why, the original's node has not answered; the zero time while it does.
+func (m *move) away(src origin) (time.Time, error) {
+	if far, ok := src.(farOrigin); ok {
+		return far.Away()
+	}
+	return time.Time{}, nil
 }
 
 // room refuses a copy that would fill the disk, before a byte of it is moved.
