@@ -238,8 +238,14 @@ type load struct {
 var counter = catalog.VolumeKey(catalog.Wanted, "counter")
 
 func startLoad(t testing.TB, clients map[string]*etcd.Store) *load {
-	ctx, cancel := context.WithCancel(t.Context())
-	l := &load{t: t, cancel: cancel, last: map[string]int{}, when: time.Now()}
+	l := loadFrom(t.Context(), clients)
+	l.t = t
+	return l
+}
+
+func loadFrom(ctx context.Context, clients map[string]*etcd.Store) *load {
+	ctx, cancel := context.WithCancel(ctx)
+	l := &load{cancel: cancel, last: map[string]int{}, when: time.Now()}
 	for name, s := range clients {
 		l.wg.Go(func() { l.write(ctx, s) })
 		l.watchOn(ctx, name, s)
