@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,6 +44,7 @@ func newTown(t *testing.T, n int, makeBed func(*testing.T) *bed) *town {
 		b := makeBed(t)
 		b.node = fmt.Sprintf("node%d", i+1)
 		b.cfg.BootID = fmt.Sprintf("00000000-1111-2222-3333-%012d", i+1)
+		b.cfg.far = farTimes{beat: 100 * time.Millisecond, silence: 400 * time.Millisecond, open: 2 * time.Second, close: 10 * time.Second, last: 500 * time.Millisecond, look: 20 * time.Millisecond, confirm: 100 * time.Millisecond}
 		if i > 0 {
 			b.cat.of = w.beds[0].cat
 		}
@@ -51,6 +53,11 @@ func newTown(t *testing.T, n int, makeBed func(*testing.T) *bed) *town {
 		w.beds = append(w.beds, b)
 		w.set = append(w.set, client.Cluster{ClusterID: testCluster, Node: b.node, Listen: peers[i].Data, CertFile: cert, KeyFile: key, CAFile: authority})
 	}
+	t.Cleanup(func() { // before the node that has the replicas goes
+		for _, b := range w.beds {
+			b.end()
+		}
+	})
 	for i := range w.set {
 		w.set[i].Peers = slices.Delete(slices.Clone(peers), i, i+1)
 	}
@@ -462,9 +469,12 @@ func TestFarVolume(t *testing.T) {
 	wantCode(t, "salvage from afar", err, client.CodeInvalid)
 }
 
-// TestFarConformance: what an NBD client sees of a volume whose replica is another node's is a Device like any other.
+// TestFarConformance: what an NBD client sees of a volume whose replica is another node's is a Device like any other. The nodes speak without certificates, as they may on loopback.
 func TestFarConformance(t *testing.T) {
 	w := newTown(t, 2, newBed)
+	for i := range w.set {
+		w.set[i].CertFile, w.set[i].KeyFile, w.set[i].CAFile = "", "", ""
+	}
 	cs := w.ready()
 	n := 0
 	blocktest.Run(t, blocktest.Config{New: func(t testing.TB, sizeBytes int64) block.Device {
@@ -480,7 +490,7 @@ func TestFarConformance(t *testing.T) {
 			t.Fatal(err)
 		}
 		return dev
-	}})
+	}, Steps: 100})
 }
 
 // TestFencedByNode: a volume is open where its replica is, and another node opens it: the first writer is ended, at once and for good; and the other way round.
@@ -625,6 +635,27 @@ func TestAway(t *testing.T) {
 	if got, err := g.read(4096, 4096); err != nil || !bytes.Equal(got, page("waits")) {
 		t.Errorf("reads %.20q, %v", got, err)
 	}
+	// A close that waits for a node that fell silent meanwhile is ended by one with force.
+	x.cut()
+	polite := make(chan error, 1)
+	began = time.Now()
+	go func() {
+		polite <- cs[0].CloseVolume(context.Background(), client.CloseVolume{VolumeID: a.VolumeID})
+	}()
+	eventually(t, "it is being closed", func() bool { st, _ := status(t, cs[0], a.VolumeID); return st.State == stateClosing && st.Away != "" })
+	if err := cs[0].CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID, Force: true}); err != nil {
+		t.Error(err)
+	}
+	<-polite
+	if _, ok := status(t, cs[0], a.VolumeID); ok {
+		t.Error("closed by force, and there")
+	}
+	x.mend()
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	w.beds[0].open(cs[0], a)
+	g = guest(t, w.beds[0].runDir, a.Volume)
 	// The process ends in order while the node is away, and the next one waits for it.
 	g.Close()
 	x.cut()
@@ -663,6 +694,7 @@ func TestFarHandOver(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	said, longest := 0, time.Duration(0)
+	var answered atomic.Int64
 	wg.Go(func() {
 		for n := 1; ctx.Err() == nil; n++ {
 			began := time.Now()
@@ -671,9 +703,12 @@ func TestFarHandOver(t *testing.T) {
 				return
 			}
 			said, longest = n, max(longest, time.Since(began))
+			answered.Add(1)
 		}
 	})
 	for round, node := range []int{1, 0, 1, 0} {
+		before := answered.Load()
+		eventually(t, "the guest writes", func() bool { return answered.Load() > before+50 })
 		version := fmt.Sprintf("1.%d", round+1)
 		next := w.beds[node].succeedSide(version)
 		if err := sides[node].end(t); err != nil {
@@ -861,6 +896,38 @@ func TestLostIncarnation(t *testing.T) {
 	w.beds[0].open(cs[0], a)
 	g = guest(t, w.beds[0].runDir, a.Volume)
 	if got, err := g.read(0, 4096); err != nil || !bytes.Equal(got, page("flushed")) {
+		t.Errorf("reads %.20q, %v", got, err)
+	}
+}
+
+// TestRebootOfNodeLosesNothing: a node whose host is booted again when everything was flushed has lost nothing: the volume waits and goes on, and the record learns of the new boot, so that the next process resumes.
+func TestRebootOfNodeLosesNothing(t *testing.T) {
+	w := newTown(t, 2, newBed)
+	cs := w.ready()
+	a := w.farVolume(cs[1], 1, 1, 0)
+	w.beds[0].open(cs[0], a)
+	g := guest(t, w.beds[0].runDir, a.Volume)
+	if err := errors.Join(g.write(0, page("flushed")), g.flush()); err != nil {
+		t.Fatal(err)
+	}
+	b := w.beds[1]
+	b.end()
+	b.cfg.BootID = "00000000-1111-2222-3333-999999999999"
+	cs[1] = b.ready()
+	w.tell(1, cs[1])
+	if err := g.write(4096, page("goes on")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the record knows of the boot", func() bool { return b.cat.of.record(a.VolumeID).Members[0].Incarnation == b.cfg.BootID })
+	g.Close()
+	w.beds[0].end()
+	cs[0] = w.beds[0].start()
+	eventually(t, "the next process resumes", func() bool {
+		st, _ := status(t, cs[0], a.VolumeID)
+		return st.State == stateOpen && st.Epoch == 1 && st.Session == 2
+	})
+	g = guest(t, w.beds[0].runDir, a.Volume)
+	if got, err := g.read(4096, 4096); err != nil || !bytes.Equal(got, page("goes on")) {
 		t.Errorf("reads %.20q, %v", got, err)
 	}
 }

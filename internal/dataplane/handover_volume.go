@@ -154,7 +154,7 @@ func (p *Process) letGoOf(ctx context.Context, s *slot) (*passedVolume, error) {
 	err := lockErr
 	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	ctx, cancelFar := rep.patient(ctx, farLastPatience)
+	ctx, cancelFar := rep.patient(ctx, p.cfg.far.last)
 	defer cancelFar()
 	s.change(func(s *slot) { s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateGiven })
 	if vol != nil {

@@ -14,16 +14,35 @@ import (
 	"ashlar/internal/volume"
 )
 
-// How long a replica on another node is waited for: to be opened (then it is tried again), by a close, and by the verbs of a close that is forced, of a suspension and of a hand-over; and how
-// often it is asked how it is.
+// How long another node is waited for when there is nothing to be gained by more: at the end of something, and by a question how it is.
 const (
-	farOpenPatience  = 10 * time.Second
-	farClosePatience = 30 * time.Second
-	farLastPatience  = 3 * time.Second
-	farLookEvery     = time.Second
-	farConfirmEvery  = 5 * time.Second
-	farAskPatience   = 2 * time.Second
+	farLastPatience = 3 * time.Second
+	farAskPatience  = 2 * time.Second
 )
+
+// farTimes are how long a replica on another node is waited for, and how often it is looked at.
+type farTimes struct {
+	beat, silence time.Duration // see remote.Config; zero: its own
+	open          time.Duration // to be opened; then it is tried again
+	close         time.Duration // by a close, which is done all the same afterwards
+	last          time.Duration // by a close that is forced, a suspension, a hand-over
+	ask           time.Duration // by questions how it is
+	look, confirm time.Duration // how often it is looked whether it answers, and it is asked whether this is still its writer
+}
+
+// defaults fills in what is not given.
+func (f farTimes) defaults() farTimes {
+	d := farTimes{beat: f.beat, silence: f.silence, open: 10 * time.Second, close: 30 * time.Second, last: farLastPatience, ask: farAskPatience, look: time.Second, confirm: 5 * time.Second}
+	for _, t := range []struct {
+		given time.Duration
+		to    *time.Duration
+	}{{f.open, &d.open}, {f.close, &d.close}, {f.last, &d.last}, {f.ask, &d.ask}, {f.look, &d.look}, {f.confirm, &d.confirm}} {
+		if t.given > 0 {
+			*t.to = t.given
+		}
+	}
+	return d
+}
 
 // member is the one replica that a volume stands on: this node's, shared with whoever else has it open, or another node's.
 type member struct {
@@ -39,9 +58,10 @@ func isFar(a client.OpenVolume) bool { return a.ReplicaNode != "" && a.ReplicaNo
 // reach opens a volume's replica, here or on its node.
 func (p *Process) reach(ctx context.Context, s *slot, a client.OpenVolume) (*member, error) {
 	if isFar(a) {
-		ctx, cancel := context.WithTimeout(ctx, farOpenPatience)
+		ctx, cancel := context.WithTimeout(ctx, p.cfg.far.open)
 		defer cancel()
-		far, err := remote.Open(ctx, remote.Config{ReplicaID: a.ReplicaID, VolumeID: a.VolumeID, Dial: p.cluster.dial(a.ReplicaNode), Codes: farCodes(), Log: p.log})
+		far, err := remote.Open(ctx, remote.Config{ReplicaID: a.ReplicaID, VolumeID: a.VolumeID, Dial: p.cluster.dial(a.ReplicaNode), Beat: p.cfg.far.beat, Silence: p.cfg.far.silence,
+			Codes: farCodes(), Log: p.log})
 		if err != nil {
 			return nil, fmt.Errorf("replica %s on node %s: %w", a.ReplicaID, a.ReplicaNode, err)
 		}
@@ -96,6 +116,16 @@ func (m *member) patient(ctx context.Context, d time.Duration) (context.Context,
 	return context.WithTimeout(ctx, d)
 }
 
+// flush flushes a volume; a replica whose node falls silent meanwhile is given up when ctx ends.
+func (m *member) flush(ctx context.Context, vol *volume.Volume) error {
+	defer context.AfterFunc(ctx, func() { m.Replica.Close() })() //nolint:errcheck // whoever called closes the volume
+	err := vol.Device().Flush()
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
 // blame says of an error that came of patience which had run out that the node is away.
 func (m *member) blame(err error) error {
 	if m.far == nil || err == nil || !errors.Is(err, context.DeadlineExceeded) {
@@ -118,7 +148,7 @@ func (farDevice) MayWait() bool { return true }
 // watchFar follows a replica on another node until its volume ends: State tells whether it answers, what it said last of itself, and that another writer came, also while no guest asks for anything.
 func (p *Process) watchFar(s *slot, vol *volume.Volume, m *member) {
 	args, _, _ := s.look()
-	tick := time.NewTicker(farLookEvery)
+	tick := time.NewTicker(p.cfg.far.look)
 	defer tick.Stop()
 	told := ""
 	for asked := time.Now(); ; {
@@ -134,10 +164,10 @@ func (p *Process) watchFar(s *slot, vol *volume.Volume, m *member) {
 			p.log.Warn("replica's node", "volume", args.Volume, "node", m.node, "away", now)
 			p.board.bump()
 		}
-		if told = now; now != "" || time.Since(asked) < farConfirmEvery {
+		if told = now; now != "" || time.Since(asked) < p.cfg.far.confirm {
 			continue
 		}
-		ctx, cancel := context.WithTimeout(p.life, farAskPatience)
+		ctx, cancel := context.WithTimeout(p.life, p.cfg.far.ask)
 		if vol.Confirm(ctx) == nil {
 			p.lookFar(ctx, s, vol)
 		}

@@ -37,7 +37,7 @@ func (p *Process) Operate(ctx context.Context, a client.Operate) (client.VolumeS
 		return client.VolumeStatus{}, forWire(err)
 	}
 	if s.rep != nil && s.rep.far != nil {
-		ask, cancel := context.WithTimeout(ctx, farAskPatience)
+		ask, cancel := context.WithTimeout(ctx, p.cfg.far.ask)
 		p.lookFar(ask, s, s.vol)
 		cancel()
 	}

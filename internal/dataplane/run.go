@@ -49,6 +49,7 @@ type Config struct {
 	Log *slog.Logger
 	// NoExec leaves the process as it is: no PR_SET_IO_FLUSHER, for which it would execute itself, and no raised limits. For tests.
 	NoExec bool
+	far    farTimes // for tests
 	// TakeOver takes over from the process that has the run directory, under running guests, if there is one.
 	TakeOver bool
 }
@@ -70,6 +71,7 @@ func (c Config) check() (Config, error) {
 	if c.OpenFS == nil {
 		c.OpenFS = c.openReal
 	}
+	c.far = c.far.defaults()
 	if c.Job.Turns == nil {
 		c.Job.Turns = make(chan struct{}, maxWork)
 	}
@@ -283,11 +285,18 @@ func (p *Process) close(ctx context.Context) error {
 // suspendAll ends the exports, after their clients' requests under way, and suspends every volume. Clients that come now wait in the sockets, which stay with
 // the holder.
 func (p *Process) suspendAll(ctx context.Context) error {
-	drain, cancel := context.WithTimeout(ctx, drainTimeout)
-	defer cancel()
+	patience := drainTimeout
 	for _, s := range p.slots() {
 		s.liftLimits()
+		s.mu.Lock()
+		rep := s.rep
+		s.mu.Unlock()
+		if rep.away() != "" { // its guests' requests will not end, and those of other volumes wait for the next process
+			patience = min(patience, p.cfg.far.last)
+		}
 	}
+	drain, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	p.stopCluster()
 	return errors.Join(p.stopNetwork(drain), p.nbd.Drain(drain), p.detachBlockdevs(drain), p.endAll(ctx, p.suspendSlot))
 }

@@ -12,6 +12,7 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/export"
 	"ashlar/internal/layer"
+	"ashlar/internal/volume"
 )
 
 // maxSources bounds how many sources are open at one time: each holds layers, and purge passes them by.
@@ -102,12 +103,42 @@ func (p *Process) sourceDevice(ctx context.Context, a client.OpenSource) (block.
 		return nil, fmt.Errorf("volume %.40q is not open here: %w", a.VolumeID, client.ErrNotFound)
 	}
 	s.mu.Lock()
-	vol, state, name := s.vol, s.state, s.args.Volume
+	vol, rep, state, name := s.vol, s.rep, s.state, s.args.Volume
 	s.mu.Unlock()
 	if vol == nil || state != stateOpen {
 		return nil, fmt.Errorf("volume %s is not open here: %w", name, client.ErrNotFound)
 	}
+	if rep.far != nil {
+		return p.openFarSnapshot(ctx, vol, rep, a.Snapshot)
+	}
 	return vol.OpenSnapshot(ctx, a.Snapshot)
+}
+
+// openFarSnapshot opens a snapshot of a volume whose replica is another node's, and waits for that no longer than for any question: others want sources too.
+func (p *Process) openFarSnapshot(ctx context.Context, vol *volume.Volume, rep *member, snapshot string) (block.Device, error) {
+	ctx, cancel := rep.patient(ctx, p.cfg.far.ask)
+	defer cancel()
+	type opened struct {
+		dev block.Device
+		err error
+	}
+	got := make(chan opened) // taken by who waits, or by nobody any more
+	p.wg.Go(func() {
+		dev, err := vol.OpenSnapshot(ctx, snapshot) // ends with the volume at the latest
+		select {
+		case got <- opened{dev, err}:
+		case <-ctx.Done():
+			if err == nil {
+				dev.Close() //nolint:errcheck // read by nobody
+			}
+		}
+	})
+	select {
+	case o := <-got:
+		return o.dev, rep.blame(o.err)
+	case <-ctx.Done():
+		return nil, rep.blame(context.Cause(ctx))
+	}
 }
 
 // openImage returns an image's content as a Device. No image is deleted meanwhile: its caller and deleteImage both have the sources' lock.

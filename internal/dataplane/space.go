@@ -82,7 +82,7 @@ func (p *Process) measureSpaces() {
 			if vol == nil || rep.away() != "" {
 				continue
 			}
-			ctx, cancel := rep.patient(p.life, farOpenPatience)
+			ctx, cancel := rep.patient(p.life, p.cfg.far.open)
 			now, err := measureSpace(ctx, vol, was)
 			cancel()
 			if err == nil && now.of != was.of { // one that is ending is told by others

@@ -255,7 +255,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	if err != nil {
 		return err
 	}
-	opening, cancel := rep.patient(ctx, farOpenPatience)
+	opening, cancel := rep.patient(ctx, p.cfg.far.open)
 	defer cancel()
 	vol, err := volume.Open(opening, volume.Config{
 		VolumeID: e.Open.VolumeID, Name: e.Open.Volume, Node: e.Open.Node, BootID: p.boot, Ledger: p.ledger,
@@ -266,11 +266,15 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 		return errors.Join(rep.blame(err), rep.close())
 	}
 	undo := func(err error) error {
-		late, cancel := rep.patient(ctx, farLastPatience)
+		late, cancel := rep.patient(ctx, p.cfg.far.last)
 		defer cancel()
 		return errors.Join(rep.blame(err), vol.Suspend(late), rep.close())
 	}
 	st, err := vol.Status(opening)
+	if err == nil && rep.far != nil && e.Epoch > 0 {
+		// Only who wrote it notices that the other node's host was booted again before it was flushed (invariant 8), and that was the process before this one.
+		err = rep.flush(opening, vol)
+	}
 	if err != nil {
 		return undo(err)
 	}
@@ -313,7 +317,7 @@ func (p *Process) watch(s *slot, vol *volume.Volume) {
 		return
 	case <-vol.Ended():
 	}
-	ctx, cancel := context.WithTimeout(p.life, farAskPatience)
+	ctx, cancel := context.WithTimeout(p.life, p.cfg.far.ask)
 	st, err := vol.Status(ctx) // the copy may not be there to say anything
 	cancel()
 	switch st.State {
@@ -486,9 +490,9 @@ func (s *slot) cutLoose() {
 // closeSlot closes a volume for good: it leaves open.json first, because from here on nobody waits for it to come back.
 func (p *Process) closeSlot(ctx context.Context, s *slot, how closing) error {
 	args, _, _ := s.look()
-	patience := farClosePatience
+	patience := p.cfg.far.close
 	if how == closeForced {
-		patience = farLastPatience
+		patience = p.cfg.far.last
 	} else if away := s.rep.away(); away != "" && s.vol != nil {
 		return fmt.Errorf("close volume %s: %w: %s; what its guests wrote cannot be flushed: wait, or close it with force", args.Volume, client.ErrUnreachable, away)
 	}
@@ -514,6 +518,7 @@ func (p *Process) closeSlot(ctx context.Context, s *slot, how closing) error {
 		if errors.Is(err, block.ErrFailed) && !failed { // the last flush is a flush
 			errs = append(errs, p.list.change(func(f *openFile) { f.Salvage[args.VolumeID] = err.Error() }))
 		}
+		err = rep.blame(err)
 		if how == closeForced && rep.far != nil && err != nil {
 			p.log.Warn("a volume was closed without its replica's node", "volume", args.Volume, "error", err)
 			err = nil
@@ -536,7 +541,7 @@ func (p *Process) suspendSlot(ctx context.Context, s *slot) error {
 	vol, rep, name, volumeID := s.vol, s.rep, s.args.Volume, s.args.VolumeID
 	s.vol, s.rep, s.dev, s.state = nil, nil, nil, stateClosing
 	s.mu.Unlock()
-	ctx, cancel := rep.patient(ctx, farLastPatience)
+	ctx, cancel := rep.patient(ctx, p.cfg.far.last)
 	defer cancel()
 	errs := []error{p.sources.closeOf(ctx, volumeID)}
 	if vol != nil {

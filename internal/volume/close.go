@@ -27,7 +27,7 @@ func (v *Volume) HandOver(ctx context.Context) error {
 }
 
 // Abandon is Close without anything that would wait: I/O and verbs under way end with block.ErrClosed, nothing is flushed, and the record goes on naming this writer, which the next open takes as one that died.
-// It is for a copy that does not answer.
+// It is for a copy that does not answer; a Close that waits for that ends with block.ErrClosed.
 func (v *Volume) Abandon() error {
 	return v.stop(context.Background(), leaveAtOnce)
 }
@@ -47,6 +47,11 @@ func (v *Volume) stop(ctx context.Context, how leaving) error {
 	v.mu.Lock()
 	if v.closed {
 		v.mu.Unlock()
+		if how == leaveAtOnce { // whoever closes it waits no longer
+			for _, r := range v.copies {
+				r.Close() //nolint:errcheck // he closes it, too
+			}
+		}
 		return nil
 	}
 	v.closed = true
@@ -121,8 +126,8 @@ func (v *Volume) drain(ctx context.Context, how leaving) error {
 	if how != leaveToSuccessor {
 		for i, r := range v.copies {
 			err := r.Flush()
-			if errors.Is(err, block.ErrClosed) && ctx.Err() != nil {
-				return fmt.Errorf("not flushed: replica %s did not answer: %w", v.cfg.Replicas[i].ID, context.Cause(ctx))
+			if errors.Is(err, block.ErrClosed) { // by who gave it up: that it failed nobody said
+				return fmt.Errorf("not flushed: replica %s did not answer: %w", v.cfg.Replicas[i].ID, errors.Join(err, context.Cause(ctx)))
 			}
 			if err != nil {
 				return v.verbError(i, "flush", fmt.Errorf("%w: %w", block.ErrFailed, err))

@@ -305,6 +305,30 @@ func CheckIncarnations(rec replica.Record, seen []Sighting, a Attachment, now ti
 	return rec, nil
 }
 
+// Reincarnated records that a copy's host was booted again while the volume was open, and that nothing was lost by it, because everything had been flushed: from now on it is this boot that must not end unseen. The
+// same record if it says so already.
+func Reincarnated(rec replica.Record, replicaID, boot string, now time.Time) replica.Record {
+	at := slices.IndexFunc(rec.Members, func(m replica.Member) bool { return m.ReplicaID == replicaID && m.InSync })
+	if at < 0 || boot == "" || rec.Members[at].Incarnation == boot {
+		return rec
+	}
+	next := step(rec, now)
+	next.Members[at].Incarnation = boot
+	return next
+}
+
+// CheckResumed looks once more at copies that have let the resumed writer in: one whose host was booted again since Resume looked is lost to the guests (ErrLost).
+func CheckResumed(rec replica.Record, seen []Sighting) error {
+	for _, s := range seen {
+		if slices.ContainsFunc(rec.Members, func(m replica.Member) bool {
+			return m.ReplicaID == s.ReplicaID && m.InSync && m.Incarnation != s.Status.BootID
+		}) {
+			return fmt.Errorf("replica %s restarted while the epoch was resumed: %w", s.ReplicaID, ErrLost)
+		}
+	}
+	return nil
+}
+
 // Newest returns the newest record that any of the copies keeps.
 func Newest(seen []Sighting) replica.Record {
 	var rec replica.Record

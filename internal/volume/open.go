@@ -103,6 +103,9 @@ func (v *Volume) resume(ctx context.Context, seen []Sighting) error {
 	if seen, err = v.look(ctx); err != nil {
 		return err
 	}
+	if err := CheckResumed(rec, seen); err != nil {
+		return err
+	}
 	next, err := RollForward(rec, seen[0].Status.Chain)
 	if err != nil {
 		return err
@@ -180,15 +183,19 @@ func (v *Volume) prepareClaim(rec replica.Record, before, seen []Sighting) (repl
 		}
 		rec = Salvage(rec, now)
 	}
-	guests := Attachment{GuestsGone: v.cfg.GuestsGone || v.cfg.Salvage, Reopener: v.self(), Epoch: v.cfg.Guests}
-	if err := CheckGuests(rec, guests); err != nil {
+	if err := CheckGuests(rec, v.guests()); err != nil {
 		return rec, err
 	}
-	rec, err = CheckIncarnations(rec, seen, guests, now)
+	rec, err = CheckIncarnations(rec, seen, v.guests(), now)
 	if err != nil {
 		return rec, err
 	}
 	return Claim(rec, now)
+}
+
+// guests is what this opener knows of the volume's guests.
+func (v *Volume) guests() Attachment {
+	return Attachment{GuestsGone: v.cfg.GuestsGone || v.cfg.Salvage, Reopener: v.self(), Epoch: v.cfg.Guests}
 }
 
 // letIn fences the copies and has them keep the claim.
@@ -215,6 +222,10 @@ func (v *Volume) finishOpen(ctx context.Context) error {
 		return err
 	}
 	rec, now := v.book.rec, v.cfg.Now()
+	// A host that was booted again since the claim looked is as one that was before.
+	if _, err := CheckIncarnations(rec, seen, v.guests(), now); err != nil {
+		return err
+	}
 	todo, err := RollForward(rec, seen[0].Status.Chain)
 	if err != nil {
 		return err

@@ -274,14 +274,44 @@ func (v *Volume) lose(why error) error {
 	return v.down()
 }
 
-// Confirm asks every copy whether this writer is still the one it lets in. block.ErrFenced, and the volume has ended, if a newer one came; replica.ErrRestarted ends it too. Any other error tells nothing.
+// Confirm asks every copy whether this writer is still the one it lets in. block.ErrFenced, and the volume has ended, if a newer one came; a copy whose host lost something ends it too (ErrLost). Any other error
+// tells nothing. A copy whose host was booted again when everything was flushed has lost nothing: the record learns of its new incarnation.
 func (v *Volume) Confirm(ctx context.Context) error {
-	for _, r := range v.copies {
-		if err := r.Confirm(ctx, v.writer); err != nil && v.down() == nil {
+	for i, r := range v.copies {
+		err := r.Confirm(ctx, v.writer)
+		if err == nil {
+			err = v.reincarnate(ctx, i)
+		}
+		if err != nil && v.down() == nil {
 			return v.note(err)
 		}
 	}
 	return v.down()
+}
+
+// reincarnate has the record say in which boot of its host copy i is, if that is another than it says.
+func (v *Volume) reincarnate(ctx context.Context, i int) error {
+	st, err := v.copies[i].Status(ctx)
+	if err != nil {
+		return err
+	}
+	id := v.cfg.Replicas[i].ID
+	v.mu.Lock()
+	same := Reincarnated(v.seen, id, st.BootID, v.cfg.Now()).Equal(v.seen)
+	v.mu.Unlock()
+	if same {
+		return nil
+	}
+	return v.verb(ctx, "note that a copy's host was booted again", func(ctx context.Context, _ []replica.LayerInfo) error {
+		next := Reincarnated(v.book.rec, id, st.BootID, v.cfg.Now())
+		if next.Equal(v.book.rec) {
+			return nil
+		}
+		if err := v.swap(ctx, next); err != nil {
+			return err
+		}
+		return v.keep(ctx)
+	})
 }
 
 // fail ends the volume because its copy i failed and no other is left, and has the record say so, in the background and before the next open can
