@@ -33,8 +33,11 @@ func (a *app) lookAtCertificates() []finding {
 		return nil
 	}
 	var out []finding
-	for name, short := range map[string]time.Duration{"node.crt": certificateShort, "ca.crt": authorityShort} {
-		file := filepath.Join(dir, name)
+	for _, name := range []string{"ca.crt", "node.crt"} {
+		file, short := filepath.Join(dir, name), certificateShort
+		if name == "ca.crt" {
+			short = authorityShort
+		}
 		cert, err := readCertificate(file)
 		switch {
 		case errors.Is(err, fs.ErrNotExist) && name == "node.crt":
@@ -46,7 +49,6 @@ func (a *app) lookAtCertificates() []finding {
 			out = append(out, judgeCertificate(file, cert, a.now(), short))
 		}
 	}
-	slices.SortFunc(out, func(a, b finding) int { return strings.Compare(a.What, b.What) })
 	return out
 }
 

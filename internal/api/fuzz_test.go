@@ -27,7 +27,7 @@ func FuzzRequest(f *testing.F) {
 	for _, s := range [][3]string{
 		{"GET", "/v1/schemas", ""}, {"GET", "/v1/volumes/db1", ""}, {"POST", "/v1/volumes", `{"name":"db2","size":"1Gi","backingImage":"debian"}`},
 		{"POST", "/v1/volumes/db1?action=attach", `{"hostId":"n1"}`}, {"POST", "/v1/volumes/db1?action=snapshotCreate", `{"name":"s","labels":{"a":"b"}}`},
-		{"POST", "/v1/volumes/db1?action=expand", `{"size":"1e9"}`}, {"PUT", "/v1/nodes/n1", `{"tags":["a"]}`}, {"PUT", "/v1/settings/default-replica-count", `{"value":"{\"v1\":\"2\"}"}`},
+		{"POST", "/v1/volumes/db1?action=expand", `{"size":"1e9"}`}, {"PUT", "/v1/nodes/n1", `{"tags":["a"]}`}, {"DELETE", "/v1/nodes/n1?force=true", ""}, {"POST", "/v1/nodes/n1?action=change", `{"placementZone":"a"}`}, {"POST", "/v1/nodes/n1?action=diskChange", `{"disk":"a","path":"/y","tags":[]}`}, {"GET", "/v1/nodes/n1/contents", ""}, {"GET", "/v1/overview", ""}, {"GET", "/metrics?node=n2", ""}, {"POST", "/v1/volumes/db1?action=updateDataLocality", `{"dataLocality":"best-effort"}`}, {"PUT", "/v1/settings/default-replica-count", `{"value":"{\"v1\":\"2\"}"}`},
 		{"POST", "/v1/nodes/n1?action=diskUpdate", `{"disks":{"a":{"path":"/x","tags":null}}}`}, {"DELETE", "/v1/backingimages/debian", ""},
 		{"POST", "/v1/backingimages", `{"name":"i","sourceType":"download","parameters":{"url":"http://[::1]/%zz"}}`}, {"GET", "/v1/volumes/%2e%2e%2f", ""},
 		{"PATCH", "//v1//", "\x00"}, {"GET", "/v1/backuptargets/default", ""}, {"POST", "/v1/volumes/db1?action=salvage", `{"names":[null]}`}, {"GET", "/readyz", ""},
