@@ -22,6 +22,7 @@ const (
 // may have happened at any time since.
 type Deed struct {
 	Guest, Unit    int
+	Epoch          uint64 // of the engine that was asked
 	Write          bool
 	Value          uint64
 	Sent, Answered int64
@@ -80,18 +81,17 @@ func (g *Guest) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		if dev := g.Machine.Device(g.VolumeID); dev != nil {
-			g.do(dev, rng.IntN(units), rng.IntN(5))
+		if dev, epoch := g.Machine.Device(g.VolumeID); dev != nil {
+			g.do(dev, Deed{Guest: g.ID, Unit: rng.IntN(units), Epoch: epoch}, rng.IntN(5))
 		}
 	}
 }
 
 // do sends one request: a read, a write, or a write and a flush.
-func (g *Guest) do(dev block.Device, unit, what int) {
-	d := Deed{Guest: g.ID, Unit: unit, Write: what > 1}
-	if !d.Write {
+func (g *Guest) do(dev block.Device, d Deed, what int) {
+	if d.Write = what > 1; !d.Write {
 		d.Sent = g.History.now()
-		v, err := ReadUnit(dev, unit)
+		v, err := ReadUnit(dev, d.Unit)
 		if d.Value, d.Answered = v, g.History.now(); err == nil {
 			g.History.add(d)
 		}
@@ -103,7 +103,7 @@ func (g *Guest) do(dev block.Device, unit, what int) {
 	for at := 0; at < len(buf); at += 8 {
 		binary.LittleEndian.PutUint64(buf[at:], d.Value)
 	}
-	_, err := dev.WriteAt(buf, int64(unit)*block.UnitBytes)
+	_, err := dev.WriteAt(buf, int64(d.Unit)*block.UnitBytes)
 	if err == nil && what == 4 {
 		err = dev.Flush()
 	}

@@ -109,20 +109,20 @@ func (m *Machine) Kill() {
 	m.fs.KillProcess()
 }
 
-// Device is what a guest on this machine has of a volume: nil if it is not attached here.
-func (m *Machine) Device(volumeID string) block.Device {
+// Device is what a guest on this machine has of a volume, and the epoch it was opened with: nil if it is not attached here.
+func (m *Machine) Device(volumeID string) (dev block.Device, epoch uint64) {
 	m.mu.Lock()
 	p := m.proc
 	m.mu.Unlock()
 	if p == nil {
-		return nil
+		return nil, 0
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if s := p.slots[volumeID]; s != nil && s.vol != nil && s.args.Frontend != "" {
-		return s.vol.Device()
+		return s.vol.Device(), s.w.Epoch
 	}
-	return nil
+	return nil, 0
 }
 
 // process is one life of a data process. It is a client.Service, as far as agents need one here.

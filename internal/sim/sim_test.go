@@ -102,7 +102,7 @@ func (w *world) breakSomething() {
 	i := w.rng.IntN(len(w.Machines))
 	j := (i + 1 + w.rng.IntN(len(w.Machines)-1)) % len(w.Machines)
 	one, other := w.Machines[i].Name, w.Machines[j].Name
-	switch what := w.rng.IntN(11); what {
+	switch what := w.rng.IntN(14); what {
 	case 0:
 		w.count("one-way cut")
 		w.Net.Cut(one, other)
@@ -136,7 +136,29 @@ func (w *world) breakSomething() {
 	case 9, 10:
 		w.count("attachment moved")
 		w.want(one)
+	case 11, 12, 13:
+		w.strand(i)
 	}
+}
+
+// strand leaves a writer alone with its volume: cut off from the catalogue and not from the copy, while another node is to have it.
+func (w *world) strand(to int) {
+	for from := range w.Machines {
+		if from != to && w.has(from) {
+			w.count("writer stranded")
+			w.away[from] = true
+			w.SetAway(from, true)
+		}
+	}
+	w.away[to] = false
+	w.SetAway(to, false)
+	w.want(w.Machines[to].Name)
+}
+
+// has tells whether a machine has the volume for its guest.
+func (w *world) has(i int) bool {
+	dev, _ := w.Machines[i].Device(volumeID)
+	return dev != nil
 }
 
 func (w *world) count(what string) { w.deeds[what]++ }
@@ -155,16 +177,38 @@ func (w *world) settle(node int) {
 	var o catalog.VolumeObserved
 	for deadline := time.Now().Add(3 * time.Minute); time.Now().Before(deadline); <-time.After(time.Second) {
 		o, _, _ = catalog.Read[catalog.VolumeObserved](w.Context(), w.Mem, catalog.VolumeKey(catalog.Observed, volume1))
-		if o.State == catalog.VolumeAttached && o.Node == name && w.Machines[node].Device(volumeID) != nil {
+		if o.State == catalog.VolumeAttached && o.Node == name && w.has(node) {
 			return
 		}
 	}
 	w.Errorf("3 minutes after everything was whole again the volume is %s on %q, not attached on %s: %s", o.State, o.Node, name, o.Error)
 }
 
+// oneWriter wants nobody to be answered under an epoch who asked after somebody was answered under a later one.
+func (w *world) oneWriter(t *testing.T) {
+	t.Helper()
+	deeds := slices.DeleteFunc(w.history.Deeds(), func(d Deed) bool { return d.Unknown || d.Epoch == 0 })
+	answered := slices.Clone(deeds)
+	slices.SortFunc(answered, func(a, b Deed) int { return cmp.Compare(a.Answered, b.Answered) })
+	slices.SortFunc(deeds, func(a, b Deed) int { return cmp.Compare(a.Sent, b.Sent) })
+	var newest Deed
+	for _, d := range deeds {
+		for ; len(answered) > 0 && answered[0].Answered < d.Sent; answered = answered[1:] {
+			if answered[0].Epoch > newest.Epoch {
+				newest = answered[0]
+			}
+		}
+		if d.Epoch < newest.Epoch {
+			t.Errorf("two writers: %+v was answered, although %+v was before", d, newest)
+			return
+		}
+	}
+}
+
 // judge wants a history that a single disk could have had, unit by unit.
 func (w *world) judge(t *testing.T) {
 	t.Helper()
+	w.oneWriter(t)
 	register := porcupine.Model{
 		Partition: func(ops []porcupine.Operation) [][]porcupine.Operation {
 			parts := make([][]porcupine.Operation, units)
@@ -241,7 +285,7 @@ func TestCluster(t *testing.T) {
 				w.stop()
 				w.guests.Wait()
 				for u := range units {
-					if dev := w.Machines[last].Device(volumeID); dev != nil {
+					if dev, _ := w.Machines[last].Device(volumeID); dev != nil {
 						sent := w.history.now()
 						v, err := ReadUnit(dev, u)
 						if err != nil {
