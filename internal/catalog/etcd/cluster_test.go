@@ -276,20 +276,17 @@ func (l *load) watchOn(ctx context.Context, name string, s *etcd.Store) {
 			if !errors.Is(err, catalog.ErrUnreachable) && ctx.Err() == nil {
 				l.fail(fmt.Errorf("%s: watch: %w", name, err))
 			}
-			if state, _ := s.MemberState(); closed(s) {
-				_ = state
+			if ctx.Err() == nil && closed(s) {
 				return
 			}
 		}
 	})
 }
 
-// closed tells whether a store was closed: then nothing is begun.
+// closed tells whether a store was closed; if not, it waits a little, for a catalogue that is away.
 func closed(s *etcd.Store) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
-	defer cancel()
-	_, err := s.Get(ctx, counter)
-	return errors.Is(err, catalog.ErrUnreachable)
+	<-time.After(20 * time.Millisecond)
+	return etcd.Closed(s)
 }
 
 func (l *load) fail(err error) {

@@ -244,6 +244,8 @@ const (
 const (
 	// callPatience is how long a call is tried again before the catalogue counts as unreachable: longer than an election, and than finding another member.
 	callPatience = 5 * time.Second
+	// changePatience is how long a change may take. etcd would wait for seven seconds for one that was on its way to a leader that died; an election takes at most two.
+	changePatience = 2500 * time.Millisecond
 	// callWait stands between two tries through the same member.
 	callWait = 50 * time.Millisecond
 )
@@ -263,7 +265,12 @@ func (s *Store) call(ctx context.Context, t tries, fn func(context.Context, *cli
 		if r == nil {
 			return fmt.Errorf("%w: %w", catalog.ErrUnreachable, why)
 		}
-		over, err := r.do(call, fn)
+		try, cancel := call, context.CancelFunc(func() {})
+		if t == once && s.router != nil {
+			try, cancel = context.WithTimeout(call, changePatience)
+		}
+		over, err := r.do(try, fn)
+		cancel()
 		if err == nil || call.Err() != nil || !repeat(t, over, err) {
 			return s.failed(ctx, err)
 		}

@@ -8,3 +8,6 @@ func Knows(s *Store, url string) bool {
 	defer s.mu.Unlock()
 	return slices.Contains(s.known, url)
 }
+
+// Closed tells whether a store was closed.
+func Closed(s *Store) bool { return s.ctx.Err() != nil }

@@ -80,6 +80,7 @@ func grow(t *testing.T, s *etcd.Store, prefix string) (acked int, err error) {
 
 // TestFullDiskAlone: a lone member whose disk is full stops and says why; the process lives. With room again, another process has all that was acknowledged.
 func TestFullDiskAlone(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	smallDisk(t, dir, 160)
 	s, err := tryOpen(t, etcd.Options{Dir: dir})
@@ -133,6 +134,7 @@ func TestFullDiskAlone(t *testing.T) {
 
 // TestFullDiskLog: the same where the log finds no room for its next file.
 func TestFullDiskLog(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	smallDisk(t, dir, 170) // a log file has 64 MB, and the next one is made in advance
 	s, err := tryOpen(t, etcd.Options{Dir: dir})
@@ -179,6 +181,7 @@ func TestFullDiskLog(t *testing.T) {
 
 // TestFullDisk: the member on one node's full disk stops; that node goes on through the others, and nothing is lost.
 func TestFullDisk(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, 3)
 	n := c.nodes[1]
 	smallDisk(t, n.dir, 160)
