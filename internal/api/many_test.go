@@ -1,9 +1,12 @@
 package api
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -40,6 +43,26 @@ func manyVolumes(t testing.TB, mem *catalog.Mem, n int) {
 			o.Snapshots = append(o.Snapshots, catalog.SnapshotObserved{Name: fmt.Sprintf("daily-%d", s), LayerID: id(name + fmt.Sprint(s)), Created: now, SizeBytes: 1 << 28, Children: []string{"x"}})
 		}
 		put(catalog.VolumeKey(catalog.Observed, name), o)
+	}
+}
+
+// TestOverviewOfMany: its size does not grow with the number of volumes, and it counts all of them.
+func TestOverviewOfMany(t *testing.T) {
+	mem := catalog.NewMem()
+	defer mem.Close()
+	manyVolumes(t, mem, 2500) // more than one goroutine decodes at once
+	h := New(Config{Catalog: mem, Node: "n1", Version: "v1"})
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, onLoopback(httptest.NewRequest(http.MethodGet, "/v1/overview", nil)))
+	var o Overview
+	if err := json.Unmarshal(w.Body.Bytes(), &o); err != nil || o.Volumes[catalog.VolumeAttached] != 2500 || o.Health[catalog.RobustnessHealthy] != 2500 || w.Body.Len() > 8192 {
+		t.Errorf("%v, %v, %v, %d bytes", err, o.Volumes, o.Health, w.Body.Len())
+	}
+	w = httptest.NewRecorder()
+	h.ServeHTTP(w, onLoopback(httptest.NewRequest(http.MethodGet, "/v1/volumes", nil)))
+	var all Collection[Volume]
+	if err := json.Unmarshal(w.Body.Bytes(), &all); err != nil || len(all.Data) != 2500 || !slices.IsSortedFunc(all.Data, func(a, b Volume) int { return strings.Compare(a.Name, b.Name) }) {
+		t.Errorf("%v, %d volumes", err, len(all.Data))
 	}
 }
 
