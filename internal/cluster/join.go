@@ -32,6 +32,8 @@ type joinRequest struct {
 	Disks   map[string]catalog.DiskWanted `json:"disks"`
 	Zone    string                        `json:"zone,omitempty"`
 	Time    time.Time                     `json:"time"` // on its clock
+	// Passed: a node without the authority's key passed it on, and is not to get it back.
+	Passed bool `json:"passed,omitempty"`
 }
 
 // joinAnswer is what is answered.
@@ -160,7 +162,7 @@ func askToJoin(ctx context.Context, cfg JoinConfig, token identity.JoinToken, in
 		DisableKeepAlives: true, TLSClientConfig: token.TLS(), TLSHandshakeTimeout: dialTimeout,
 		DialContext: (&net.Dialer{Timeout: dialTimeout}).DialContext,
 	}
-	if err := ask(ctx, via, address, "/node/v1/join", in, &a); err != nil {
+	if err := ask(ctx, via, address, question{"/node/v1/join", in, &a}); err != nil {
 		return a, fmt.Errorf("join: %w", err)
 	}
 	if words := skew("the other node's", a.Time, cfg.Now()); words != "" {
@@ -268,7 +270,7 @@ func (s *Server) join(ctx context.Context, in joinRequest) (joinAnswer, error) {
 }
 
 // errNoKey: this node cannot sign.
-var errNoKey = errors.New("this node does not have the authority's key")
+var errNoKey = client.Failure(client.CodeUnreachable, "this node does not have the authority's key")
 
 // findToken finds the join token that a secret is of, and refuses one that is not good for this joiner.
 func (s *Server) findToken(ctx context.Context, in joinRequest, now time.Time) (catalog.Item[catalog.Join], error) {

@@ -22,10 +22,11 @@ type KeeperConfig struct {
 	State   State
 	TLS     *identity.NodeTLS
 	Catalog catalog.Catalog
-	// Embedded: the etcd is the nodes' own, and Etcd speaks to it; Options are what this node's member is opened with, if it is one.
+	// Embedded: the etcd is the nodes' own, and Etcd speaks to it.
 	Embedded bool
 	Etcd     Etcd
-	Options  func(State) etcd.Options
+	// Rejoin makes a place for this node's member, which is to be as the State says: etcd.Rejoin.
+	Rejoin func(context.Context, State) error
 	// Running: this node's member runs. It does not if it failed, or if the node is none.
 	Running func() bool
 	Look    time.Duration    // how often it looks although nothing changed; zero: 10 s
@@ -170,7 +171,7 @@ func (k *Keeper) become(ctx context.Context) error {
 			return err
 		}
 		var a authorityAnswer
-		if err := askVoters(ctx, k.cfg.TLS, peers, "/node/v1/authority", struct{}{}, &a); err != nil {
+		if err := askVoters(ctx, k.cfg.TLS, peers, question{"/node/v1/authority", struct{}{}, &a}); err != nil {
 			return fmt.Errorf("fetch the authority's key: %w", err)
 		}
 		if err := k.cfg.Dir.put(caKeyFile, []byte(a.AuthorityKey), 0o600); err != nil {
@@ -179,7 +180,7 @@ func (k *Keeper) become(ctx context.Context) error {
 	}
 	s := k.state
 	s.Voter = true
-	if err := etcd.Rejoin(ctx, k.cfg.Options(s)); err != nil {
+	if err := k.cfg.Rejoin(ctx, s); err != nil {
 		return fmt.Errorf("make a place for this node's member of the catalogue: %w", err)
 	}
 	if err := k.cfg.Dir.Save(s); err != nil {
@@ -243,7 +244,7 @@ func (k *Keeper) renew(ctx context.Context) error {
 		return err
 	}
 	var a renewAnswer
-	if err := askVoters(ctx, k.cfg.TLS, peers, "/node/v1/renew", renewRequest{Request: string(request), Host: k.state.Host}, &a); err != nil {
+	if err := askVoters(ctx, k.cfg.TLS, peers, question{"/node/v1/renew", renewRequest{Request: string(request), Host: k.state.Host}, &a}); err != nil {
 		return err
 	}
 	return k.cfg.Dir.keepCertificate(key, []byte(a.Certificate))

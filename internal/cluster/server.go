@@ -129,8 +129,9 @@ func (s *Server) serveJoin(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	out, err := s.join(r.Context(), in)
-	if errors.Is(err, errNoKey) {
-		err = s.elsewhere(r.Context(), "/node/v1/join", in, &out)
+	if errors.Is(err, errNoKey) && !in.Passed {
+		in.Passed = true
+		err = s.elsewhere(r.Context(), question{"/node/v1/join", in, &out})
 	}
 	if err != nil {
 		s.cfg.Log.Warn("a machine may not join", "name", in.Name, "host", in.Host, "error", err)
@@ -175,7 +176,7 @@ func (s *Server) serveRenew(w http.ResponseWriter, r *http.Request, n catalog.No
 func (s *Server) sign(in renewRequest, n catalog.NodeWanted) ([]byte, error) {
 	authority, err := s.cfg.Dir.Authority(s.cfg.Now)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, client.Failure(client.CodeConflict, "renew: "+errNoKey.Error()+"; ask a voter")
+		return nil, client.Failure(client.CodeUnreachable, "renew: "+errNoKey.Error()+"; ask a voter")
 	}
 	if err != nil {
 		return nil, err
@@ -206,7 +207,7 @@ func (s *Server) serveAuthority(w http.ResponseWriter, _ *http.Request, n catalo
 	}
 	authority, err := s.cfg.Dir.Authority(s.cfg.Now)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = client.Failure(client.CodeConflict, errNoKey.Error()+"; ask a voter")
+		err = client.Failure(client.CodeUnreachable, errNoKey.Error()+"; ask a voter")
 	}
 	var key []byte
 	if err == nil {
@@ -220,28 +221,33 @@ func (s *Server) serveAuthority(w http.ResponseWriter, _ *http.Request, n catalo
 }
 
 // elsewhere has a node that may have the authority's key answer.
-func (s *Server) elsewhere(ctx context.Context, path string, in, out any) error {
+func (s *Server) elsewhere(ctx context.Context, q question) error {
 	peers, err := Peers(ctx, s.cfg.Catalog, s.cfg.State.Name)
 	if err != nil {
 		return err
 	}
-	return askVoters(ctx, s.cfg.TLS, peers, path, in, out)
+	return askVoters(ctx, s.cfg.TLS, peers, q)
 }
 
 // askVoters asks the nodes that may have the authority's key, voters first, until one answers.
-func askVoters(ctx context.Context, t *identity.NodeTLS, peers []KnownPeer, path string, in, out any) error {
-	err := fmt.Errorf("no node with the authority's key is known: %w", client.ErrUnreachable)
+func askVoters(ctx context.Context, t *identity.NodeTLS, peers []KnownPeer, q question) error {
+	var failed []error
 	for _, voter := range []bool{true, false} {
 		for _, p := range peers {
 			if p.Voter != voter {
 				continue
 			}
-			if err = ask(ctx, transport(t, p.Peer), p.Address, path, in, out); err == nil || !errors.Is(err, client.ErrUnreachable) && !errors.Is(err, client.ErrConflict) && voter {
+			err := ask(ctx, transport(t, p.Peer), p.Address, q)
+			if err == nil || !errors.Is(err, client.ErrUnreachable) {
 				return err
 			}
+			failed = append(failed, err)
 		}
 	}
-	return err
+	if len(failed) == 0 {
+		return fmt.Errorf("no node with the authority's key is known: %w", client.ErrUnreachable)
+	}
+	return errors.Join(failed...)
 }
 
 // KnownPeer is another node as its records say.

@@ -160,15 +160,21 @@ func transport(t *identity.NodeTLS, p Peer) *http.Transport {
 	}
 }
 
+// question is what one node asks another: a path, a body, and what the answer is read into.
+type question struct {
+	path    string
+	in, out any
+}
+
 // ask posts a question to a node and reads its answer. An error of the other side wraps its sentinel of package client; client.ErrUnreachable if none came; client.ErrVersion.
-func ask(ctx context.Context, via http.RoundTripper, address, path string, in, out any) error {
+func ask(ctx context.Context, via http.RoundTripper, address string, q question) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	body, err := json.Marshal(in)
+	body, err := json.Marshal(q.in)
 	if err != nil {
 		return err
 	}
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+path, bytes.NewReader(body))
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+q.path, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrAddress, err)
 	}
@@ -193,7 +199,7 @@ func ask(ctx context.Context, via http.RoundTripper, address, path string, in, o
 		}
 		return client.Failure(e.Code, e.Message)
 	}
-	if err := json.Unmarshal(data, out); err != nil {
+	if err := json.Unmarshal(data, q.out); err != nil {
 		return fmt.Errorf("ask %s: %w: %w", address, client.ErrInternal, err)
 	}
 	return nil

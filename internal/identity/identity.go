@@ -1,7 +1,8 @@
 // Package identity makes and checks what proves who somebody is: the cluster's certificate authority with the certificates it issues, TLS settings that follow
 // their files, and the secrets of REST clients' tokens. It keeps no records and decides nothing about who may do what: api does, and node wires both together.
 //
-// It imports nothing of ours. Read next: authority.go (the authority and its server certificate), server.go (certificates from files), token.go.
+// It imports nothing of ours. Read next: authority.go (the authority and its server certificate), server.go (certificates from files), node.go (nodes and their TLS), join.go (join
+// tokens), token.go (clients' tokens).
 package identity
 
 import (

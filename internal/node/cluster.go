@@ -262,7 +262,8 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
 	n.loop("cluster", l.after(func(ctx context.Context) error {
 		keeper := cluster.NewKeeper(cluster.KeeperConfig{
-			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Options: n.clusterOptions, Running: n.memberRuns, Log: n.cfg.Log,
+			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Running: n.memberRuns, Log: n.cfg.Log,
+			Rejoin: func(ctx context.Context, s cluster.State) error { return etcd.Rejoin(ctx, n.clusterOptions(s)) },
 		})
 		err := keeper.Run(ctx)
 		if errors.Is(err, cluster.ErrRemoved) {
