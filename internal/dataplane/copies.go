@@ -162,7 +162,7 @@ func (p *Process) copyReplica(a client.CopyReplica) (client.Job, error) {
 			return client.Job{}, fmt.Errorf("%w: the volume is %s here", client.ErrInUse, state)
 		}
 	}
-	m := &move{args: a, boot: p.boot, ledger: p.ledger, disk: d, reach: p.origin, look: copyLookEvery, now: time.Now}
+	m := &move{args: a, boot: p.boot, ledger: p.ledger, disk: d, reach: p.origin, met: &p.met, look: copyLookEvery, now: time.Now}
 	j := &importJob{args: client.ImportImage{ImageID: a.ReplicaID, DiskID: a.DiskID}, copy: &a, run: p.startOwn(func(ctx context.Context, tell func(job.Progress)) error {
 		m.progress = func(done, total int64) { tell(moved(done, total)) }
 		return m.run(ctx)
@@ -259,6 +259,7 @@ type move struct {
 	ledger   volume.Ledger
 	disk     *diskDir
 	reach    func(ctx context.Context, a client.CopyReplica) (origin, error)
+	met      *metWriters
 	look     time.Duration // between two questions whether the volume is still ours
 	parallel int
 	progress func(doneBytes, totalBytes int64)
@@ -267,14 +268,18 @@ type move struct {
 
 // run does it; it is asked for again as often as it takes. A nil error says that the record names the copy, and that it is here.
 func (m *move) run(ctx context.Context) error {
-	if named, err := m.named(ctx); named || err != nil {
+	rec, named, err := m.named(ctx)
+	if named || err != nil {
 		return err
+	}
+	if rec.WriterNode != "" && rec.WriterNode != m.args.Node && !m.met.before(rec) {
+		return fmt.Errorf("%w: node %s has the volume open, or died with it open", client.ErrInUse, rec.WriterNode)
 	}
 	src, err := m.reach(ctx, m.args)
 	if err != nil {
 		return err
 	}
-	// Whoever asks knows that the volume is attached nowhere.
+	// No guest remembers what was not flushed: the volume is attached nowhere.
 	vol, err := volume.Open(ctx, volume.Config{VolumeID: m.args.VolumeID, Name: m.args.Volume, Node: m.args.Node, BootID: m.boot, Ledger: m.ledger, GuestsGone: true,
 		Replicas: []volume.Member{{ID: m.args.From, Replica: src}}, Now: m.now})
 	if err != nil {
@@ -301,18 +306,40 @@ func (m *move) run(ctx context.Context) error {
 }
 
 // named tells whether the copy has taken the original's place already, in the record and on the disk.
-func (m *move) named(ctx context.Context) (bool, error) {
-	rec, _, err := m.ledger.Read(ctx, m.args.VolumeID)
+func (m *move) named(ctx context.Context) (rec replica.Record, named bool, err error) {
+	rec, _, err = m.ledger.Read(ctx, m.args.VolumeID)
 	if err != nil {
-		return false, fmt.Errorf("read record: %w", err)
+		return rec, false, fmt.Errorf("read record: %w", err)
 	}
 	if !names(rec, m.args.ReplicaID) {
-		return false, nil
+		return rec, false, nil
 	}
 	if _, err := local.Find(m.disk.fs, m.args.ReplicaID); err != nil {
-		return true, fmt.Errorf("the record names it: %w", err)
+		return rec, true, fmt.Errorf("the record names it: %w", err)
 	}
-	return true, nil
+	return rec, true, nil
+}
+
+// metWriters are the writers, on other nodes, that copies were refused for, by volume. A copy would end one that lives, and its guests with it; who asks for copies knows that the volume is attached nowhere, but may know it
+// from before somebody attached it. So the first attempt that finds a writer is refused. Who still asks after that, and finds the same one, knows that it is dead.
+type metWriters struct {
+	mu    sync.Mutex // guards epoch
+	epoch map[string]uint64
+}
+
+// before tells whether a record's writer was met before, and remembers it.
+func (w *metWriters) before(rec replica.Record) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.epoch == nil {
+		w.epoch = map[string]uint64{}
+	}
+	if w.epoch[rec.VolumeID] == rec.Epoch {
+		delete(w.epoch, rec.VolumeID)
+		return true
+	}
+	w.epoch[rec.VolumeID] = rec.Epoch
+	return false
 }
 
 func names(rec replica.Record, replicaID string) bool {
@@ -442,18 +469,20 @@ func (m *move) away(src origin) (time.Time, error) {
 
 // room refuses a copy that would fill the disk, before a byte of it is moved.
 func (m *move) room(st replica.Status) error {
-	total, free, err := m.disk.fs.Usage()
-	if err != nil {
-		return nil //nolint:nilerr // what the disk cannot tell is no reason
-	}
-	need := reserveOf(total)
+	need := int64(0)
 	for _, l := range st.Layers {
 		need += max(0, l.DataBytes)
 	}
-	if need > free {
-		return fmt.Errorf("disk %s: %w: the copy needs %d bytes, %d for what is there included, and %d are free", m.disk.path, client.ErrNoSpace, need, reserveOf(total), free)
+	return m.disk.roomForCopy(need)
+}
+
+// roomForCopy refuses to begin what needs more than is free, with what is there already in mind: client.ErrNoSpace. What the disk cannot tell is no reason.
+func (d *diskDir) roomForCopy(need int64) error {
+	total, free, err := d.fs.Usage()
+	if err != nil || need+reserveOf(total) <= free {
+		return nil
 	}
-	return nil
+	return fmt.Errorf("disk %s: %w: the copy needs %d bytes, what is there %d, and %d are free", d.path, client.ErrNoSpace, need, reserveOf(total), free)
 }
 
 // place makes what was received a replica, while its image is there to stay.
@@ -674,6 +703,9 @@ func (d *diskDir) receiveImage(ctx context.Context, i peerImage, tmp string, tel
 	total, done := int64(0), int64(0)
 	if h.Meta.DataBytes != nil {
 		total = *h.Meta.DataBytes
+	}
+	if err := d.roomForCopy(total); err != nil {
+		return err
 	}
 	var mu sync.Mutex
 	boot := local.LayerBoot(i.boot)

@@ -210,7 +210,7 @@ func (m *mover) move() *move {
 	m.must(err, "disk")
 	m.Cleanup(func() { d.close() }) //nolint:errcheck // its Mem may be gone
 	return &move{args: client.CopyReplica{VolumeID: moveVolume, Volume: "db1", Node: "here", DiskID: d.DiskID, ReplicaID: moveTo, From: moveFrom, FromNode: "away"}, boot: m.bootHere, ledger: m.cat,
-		disk: d, look: time.Hour, parallel: 1, now: time.Now, reach: func(context.Context, client.CopyReplica) (origin, error) {
+		disk: d, met: new(metWriters), look: time.Hour, parallel: 1, now: time.Now, reach: func(context.Context, client.CopyReplica) (origin, error) {
 			dir, err := local.Find(m.away, moveFrom)
 			if err != nil {
 				return nil, err
@@ -672,5 +672,26 @@ func TestMoveFull(t *testing.T) {
 	m.check()
 	m.here = disk.NewMem(disk.MemOptions{})
 	m.must(m.run(m.ctx), "move to a larger one")
+	m.wantMoved()
+}
+
+// TestMoveMeetsWriter: the first attempt that finds a writer on another node leaves it alone; one that is asked for again although nothing changed ends it.
+func TestMoveMeetsWriter(t *testing.T) {
+	m := built(t)
+	v, end := m.open()
+	mv := m.move()
+	if err := mv.run(m.ctx); !errors.Is(err, client.ErrInUse) {
+		t.Errorf("somebody has it open: %v", err)
+	}
+	m.fill(v, 5, 50, 3)
+	end()
+	v, end = m.open() // a later one
+	if err := mv.run(m.ctx); !errors.Is(err, client.ErrInUse) {
+		t.Errorf("somebody else has it open: %v", err)
+	}
+	m.must(v.Suspend(m.ctx), "die")
+	end()
+	m.must(mv.run(m.ctx), "move from under a dead writer")
+	m.must(mv.disk.close(), "disk")
 	m.wantMoved()
 }

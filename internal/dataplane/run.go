@@ -162,6 +162,7 @@ type Process struct {
 	network    network
 	cluster    cluster
 	open       openReplicas
+	met        metWriters // by copies
 	sources    *sources
 	measure    chan struct{} // capacity 1: somebody wants spaces measured
 
