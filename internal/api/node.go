@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"ashlar/internal/catalog"
 )
@@ -563,10 +564,26 @@ func (h *Handler) shutdown(c *call) (any, error) {
 				c.id, volumeWord(attached))
 		}
 	}
+	last := h.lastLook(c)
 	if err := h.cfg.Extra.Shutdown(c.r.Context()); err != nil {
 		return nil, err
 	}
-	return h.nodeGet(c)
+	return last, nil
+}
+
+// lastLookTimeout bounds what a node that is shut down by force asks of a catalogue that may have gone before it, as it has for the last nodes of a cluster.
+const lastLookTimeout = 2 * time.Second
+
+// lastLook is this node as it is shown to whoever shuts it down; if the catalogue does not answer, its name.
+func (h *Handler) lastLook(c *call) any {
+	ctx, cancel := context.WithTimeout(c.r.Context(), lastLookTimeout)
+	defer cancel()
+	short := *c
+	short.r = c.r.WithContext(ctx)
+	if res, err := h.nodeGet(&short); err == nil {
+		return res
+	}
+	return Node{Resource: c.resource(c.id), Name: c.id, Tags: []string{}, Conditions: map[string]Condition{}, Disks: map[string]Disk{}}
 }
 
 // about says who answers.
