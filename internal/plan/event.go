@@ -45,6 +45,9 @@ func (v *View) down(node string) bool {
 	return n.Wanted.Is() && n.Wanted.Value.Deleted == nil && n.Observed.Value.Port != 0 && !v.Alive[node].Is()
 }
 
+// nodeDownID is the id of the event that a node is silent. Its time is when that was noticed.
+func nodeDownID(node string) string { return DeriveID("event", catalog.ReasonNodeDown, node) }
+
 // liveness tells people that a node has become silent, and that it is heard again: once each, because the last event says what was said last.
 func liveness(in ClusterInput) []Write {
 	var out []Write
@@ -52,7 +55,7 @@ func liveness(in ClusterInput) []Write {
 		if in.View.Nodes[name].Observed.Value.Port == 0 {
 			continue
 		}
-		downID, upID := DeriveID("event", catalog.ReasonNodeDown, name), DeriveID("event", catalog.ReasonNodeUp, name)
+		downID, upID := nodeDownID(name), DeriveID("event", catalog.ReasonNodeUp, name)
 		down, up := in.View.Events[downID], in.View.Events[upID]
 		saidDown := down.Is() && (!up.Is() || down.Rev > up.Rev)
 		switch isDown := in.View.down(name); {

@@ -216,6 +216,17 @@ func TestUnusedSince(t *testing.T) {
 	}
 }
 
+// TestUsedIsNotCleanedUp: not even for one plan.
+func TestUsedIsNotCleanedUp(t *testing.T) {
+	for _, nodes := range [][]string{{"n2"}, {"n1", "-n2"}} {
+		p := imageAt(newPicture(t).node("n1").node("n2"), "n1-d:ready n2-d:ready", unused(600, "n2-d"))
+		standing(nodes...)(p)
+		if w, ok := find[catalog.ImageWanted](p.cluster()); !ok || len(w.Disks) != 2 || len(w.UnusedSince) > 1 || !w.UnusedSince["n2-d"].IsZero() {
+			t.Errorf("volume on %v: image wanted on %v, unused since %v", nodes, w.Disks, w.UnusedSince)
+		}
+	}
+}
+
 // TestImageEvictionIsSaidOnce: the event of the dialect, once; and the node says what it waits for.
 func TestImageEvictionIsSaidOnce(t *testing.T) {
 	p := imageAt(newPicture(t).node("n1", evicted), "n1-d:ready")

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"ashlar/internal/catalog"
 )
@@ -16,6 +17,9 @@ import (
 
 // movesPerNode is how many moves may be under way from and to one node, of volumes that are not in use.
 const movesPerNode = 2
+
+// patience is how long the target of a move may be silent, or its disk away, before the move is taken back: what was copied is lost then.
+const patience = 5 * time.Minute
 
 // localityBestEffort is the DataLocality that has a volume's copy follow it.
 const localityBestEffort = "best-effort"
@@ -275,7 +279,7 @@ func (c *leader) unreadable(s *volumeNow, from catalog.Placement) string {
 	return ""
 }
 
-// unfitTarget says why a move that was begun cannot end where it was to; "": it can. A node that is only not ready is waited for: its data process may be starting.
+// unfitTarget says why a move that was begun cannot end where it was to; "": it can. A node that is only not ready is waited for, and one that is silent for a while.
 func (c *leader) unfitTarget(r catalog.Placement) string {
 	n := c.v.Nodes[r.Node]
 	d, known := c.disks[r.DiskID]
@@ -284,12 +288,18 @@ func (c *leader) unfitTarget(r catalog.Placement) string {
 		return "it was removed"
 	case c.evicting(spotAt(r)) != "":
 		return c.evicting(spotAt(r))
-	case n.Observed.Value.Port != 0 && !c.v.Alive[r.Node].Is():
+	case c.v.down(r.Node) && c.long(c.v.Events[nodeDownID(r.Node)].Value.Time):
 		return "nothing is heard of it"
-	case known && n.Observed.Value.Disks[d.disk].Conditions[catalog.ConditionReady].Status == catalog.ConditionFalse:
+	}
+	if ready := n.Observed.Value.Disks[d.disk].Conditions[catalog.ConditionReady]; known && ready.Status == catalog.ConditionFalse && c.long(ready.LastTransitionTime) {
 		return "disk " + d.disk + " is not ready"
 	}
 	return ""
+}
+
+// long tells whether what is so since then is no passing thing. The zero time is never.
+func (c *leader) long(since time.Time) bool {
+	return !since.IsZero() && c.in.Now.Sub(since) >= patience
 }
 
 // reportMove takes note, for the node and the disk that are to be emptied, of what a volume waits for.

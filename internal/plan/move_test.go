@@ -31,8 +31,15 @@ func evictedDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
 
 func brokenDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
 	onDisk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) {
-		o.Conditions = map[string]catalog.Condition{catalog.ConditionReady: {Status: catalog.ConditionFalse, Message: "rot"}}
+		o.Conditions = map[string]catalog.Condition{catalog.ConditionReady: {Status: catalog.ConditionFalse, Message: "rot", LastTransitionTime: now.Add(-time.Hour)}}
 	})(w, o)
+}
+
+// silentFor says that it was noticed so long ago that nothing is heard of a node.
+func silentFor(node string, d time.Duration) func(*picture) {
+	return func(p *picture) {
+		p.put(catalog.EventKey(plan.DeriveID("event", catalog.ReasonNodeDown, node)), catalog.EventRecord{Name: node, Reason: catalog.ReasonNodeDown, Time: now.Add(-d)})
+	}
 }
 
 // secondDisk gives a node a disk named e, with less room.
@@ -175,11 +182,17 @@ func TestMove(t *testing.T) {
 		{"under way, no longer to be emptied", []mk{node("n1"), n2, volume(moving)}, "n1 +n2", ""},
 		{"under way, the target not ready", []mk{out, node("n2", notReady), volume(moving)}, "n1 +n2", "True "},
 		{"under way, the target cordoned", []mk{out, node("n2", cordoned), volume(moving)}, "n1 +n2", "True "},
-		{"the target silent", []mk{out, node("n2", silent), volume(moving)}, "n1 -n2", "False there is no other place"},
+		{"the target silent for a moment", []mk{out, node("n2", silent), volume(moving)}, "n1 +n2", "True "},
+		{"the target silent for less than five minutes", []mk{out, node("n2", silent), silentFor("n2", 299*time.Second), volume(moving)}, "n1 +n2", "True "},
+		{"the target silent", []mk{out, node("n2", silent), silentFor("n2", 5*time.Minute), volume(moving)}, "n1 -n2", "False there is no other place"},
+		{"the target was silent", []mk{out, n2, silentFor("n2", time.Hour), volume(moving)}, "n1 +n2", "True "},
+		{"the target broken for a moment", []mk{out, node("n2", brokenDisk, func(_ *catalog.NodeWanted, o *catalog.NodeObserved) {
+			o.Disks["d"].Conditions[catalog.ConditionReady] = catalog.Condition{Status: catalog.ConditionFalse, LastTransitionTime: now.Add(-time.Second)}
+		}), volume(moving)}, "n1 +n2", "True "},
 		{"the target broken", []mk{out, node("n2", brokenDisk), node("n3"), volume(moving)}, "n1 -n2", "False an earlier copy on node n2 is still being removed"},
 		{"the target to be emptied", []mk{out, node("n2", evicted), volume(moving)}, "n1 -n2", "False an earlier copy on node n2"},
 		{"the target gone", []mk{out, volume(moving)}, "n1", "False there is no other place"},
-		{"the target silent, another", []mk{out, node("n2", silent), node("n3"), volume(moving)}, "n1 +n3 -n2", "True its copy moves to node n3"},
+		{"the target silent, another", []mk{out, node("n2", silent), silentFor("n2", time.Hour), node("n3"), volume(moving)}, "n1 +n3 -n2", "True its copy moves to node n3"},
 		{"a dropped one, on a node that is up", []mk{out, n2, node("n3"), volume(func(w *catalog.VolumeWanted) {
 			w.Dropped = []catalog.Placement{{ReplicaID: "old", Node: "n3", DiskID: "n3-d"}}
 		})}, "n1 -n3", "False an earlier copy on node n3 is still being removed"},

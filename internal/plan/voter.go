@@ -11,7 +11,7 @@ import (
 // maxVoters is how many nodes keep the catalogue.
 const maxVoters = 3
 
-// Voters is how many of n nodes are to keep the catalogue (docs/formats/catalog.md, section 7, which weighs two).
+// Voters is how many of n nodes are to keep the catalogue (docs/formats/catalog.md, section 8, which weighs two).
 func Voters(n int) int { return min(n, maxVoters) }
 
 // left is what lies on a node, as far as records say, and what its eviction waits for.
