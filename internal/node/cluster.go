@@ -354,7 +354,7 @@ func (m membership) Describe(ctx context.Context) (api.ClusterState, error) {
 func (m membership) Init(ctx context.Context, address string) error {
 	host, port, err := cluster.ParseAddress(address)
 	if err != nil {
-		return err
+		return said(err)
 	}
 	_, err = cluster.Init(ctx, cluster.InitConfig{
 		Dir: m.n.dir(), Authority: m.n.authorityDir(), Catalog: m.catalog, Name: m.n.cfg.Name, Host: host, Port: port, External: !m.n.embedded(),
@@ -362,22 +362,34 @@ func (m membership) Init(ctx context.Context, address string) error {
 	return m.anew(err)
 }
 
-// anew has the node built anew if a change went well.
+// anew has the node built anew if a change went well, and otherwise says why it did not.
 func (m membership) anew(err error) error {
 	if err == nil {
 		m.n.cancel(ErrRestart)
 	}
-	return err
+	return said(err)
+}
+
+// said gives an error its code for REST, and keeps its words: a conflict here is no lost race.
+func said(err error) error {
+	if err == nil || errors.Is(err, catalog.ErrUnreachable) {
+		return err
+	}
+	return api.Because(err, api.Code(codeOf(err)), "%v", err)
 }
 
 // Join implements api.Cluster.
 func (m membership) Join(ctx context.Context, to, token, address string) error {
 	host, port, err := cluster.ParseAddress(address)
 	if err != nil {
-		return err
+		return said(err)
 	}
 	cfg := cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: m.n.cfg.Name, Host: host, Port: port}
-	if m.n.state == nil && m.n.embedded() {
+	if m.n.state != nil { // it is done, or cannot be
+		_, err := cluster.Join(ctx, cfg)
+		return said(err)
+	}
+	if m.n.embedded() {
 		own, _, err := catalog.Read[catalog.Cluster](ctx, m.catalog, catalog.ClusterKey())
 		if err != nil {
 			return err
@@ -387,7 +399,7 @@ func (m membership) Join(ctx context.Context, to, token, address string) error {
 			return err
 		}
 		if err := m.nothingHere(ctx); err != nil {
-			return err
+			return said(err)
 		}
 		cfg.OwnID, cfg.Disks, cfg.Zone = own.ID, node.Disks, node.Zone
 	}
@@ -447,9 +459,10 @@ func (m membership) Readdress(_ context.Context, address string) error {
 // Token implements api.Cluster.
 func (m membership) Token(ctx context.Context, life time.Duration) (string, catalog.Join, error) {
 	if m.n.state == nil {
-		return "", catalog.Join{}, fmt.Errorf("%w yet: `ashlar cluster init --address HOST[:PORT]` opens one", cluster.ErrNone)
+		return "", catalog.Join{}, said(fmt.Errorf("%w yet: `ashlar cluster init --address HOST[:PORT]` opens one", cluster.ErrNone))
 	}
-	return cluster.MakeToken(ctx, m.catalog, m.n.dir(), life)
+	token, record, err := cluster.MakeToken(ctx, m.catalog, m.n.dir(), life)
+	return token, record, said(err)
 }
 
 // Readdress changes where a node whose serve does not run is reached; ErrInUse if it runs (ask it instead), cluster's errors.
