@@ -5,8 +5,9 @@
 // A write goes Gate → device (device.go: units, edges, overlaps) → replica. members.go and chain.go are the rules of the record, pure; open.go
 // and close.go are the life of a writer; verbs.go and purge.go the changes; ledger.go the port, book.go how it is used.
 //
-// One copy, in this process, is what it drives for now: it then keeps no intent, confirms nothing by time, and swaps the record only at open,
-// snapshot, resize, revert, merge, failure and close. The rules and interfaces are those for several.
+// One copy, of this node or another, is what it drives for now: it then keeps no intent, confirms nothing by time, and swaps the record only at open,
+// snapshot, resize, revert, merge, failure and close. Nothing has to be confirmed because every read and write goes to the one copy itself, which looks at the epoch when it does it: who opened the volume
+// in between has fenced that copy, and waited for what it had under way, before his first byte. A copy on another node may make any call wait; only Abandon, and the end of a Close's context, end that. The rules and interfaces are those for several.
 //
 // Read next: members.go, then open.go, then verbs.go.
 package volume
