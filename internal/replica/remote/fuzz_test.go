@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -74,8 +75,9 @@ func FuzzConnection(f *testing.F) {
 	f.Add([]byte(preambleBytes + "\x00\x00\x00\x03IHAVEOPT\x00\x00\x00\x07\x00\x00\x00\x11\x00\x00\x00\x0breplica/a/1"))
 	f.Add([]byte("ashlar-bytes/2\n"))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
+	far := newFar(f, testHead, testSize)
+	client := far.client(f)
 	f.Fuzz(func(t *testing.T, p []byte) {
-		far := newFar(t, testHead, testSize)
 		nc, err := far.net.dial(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -83,10 +85,10 @@ func FuzzConnection(f *testing.F) {
 		_, _ = nc.Write(p)
 		_ = nc.SetReadDeadline(time.Now().Add(time.Millisecond))
 		_, _ = io.Copy(io.Discard, nc)
-		if _, err := far.client(t).Status(t.Context()); err != nil {
+		_ = nc.Close()
+		if _, err := client.Status(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		_ = nc.Close()
 	})
 }
 
@@ -281,6 +283,37 @@ func TestLimits(t *testing.T) {
 	}
 	if err := srv.Serve(t.Context(), n.listen()); !errors.Is(err, block.ErrClosed) {
 		t.Errorf("serve after Close: %v", err)
+	}
+}
+
+// TestCloseWhileConnecting: a Server that is closed waits for nobody to say what a connection is for.
+func TestCloseWhileConnecting(t *testing.T) {
+	start := time.Now()
+	for range 200 {
+		srv := NewServer(ServerConfig{Host: &host{}, Patience: time.Minute})
+		n := newNetwork()
+		ln := n.listen()
+		done := make(chan error, 1)
+		go func() { done <- srv.Serve(t.Context(), ln) }()
+		for range 4 {
+			if _, err := n.dial(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for taken := 0; taken == 0; runtime.Gosched() {
+			srv.mu.Lock()
+			taken = len(srv.conns)
+			srv.mu.Unlock()
+		}
+		if err := srv.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil && !errors.Is(err, block.ErrClosed) {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(start); took > 50*time.Second {
+		t.Errorf("took %v", took)
 	}
 }
 

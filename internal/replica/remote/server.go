@@ -165,7 +165,10 @@ func (s *Server) serve(nc net.Conn) {
 	tune(nc, deadPeer)
 	var line [len(preambleBytes)]byte
 	_ = nc.SetDeadline(time.Now().Add(s.cfg.Patience)) // a connection that has none is served all the same, by who closes it
-	_, err := io.ReadFull(nc, line[:])
+	err := s.life.Err()                                // Close sets a deadline of its own, which ours may have undone
+	if err == nil {
+		_, err = io.ReadFull(nc, line[:])
+	}
 	switch {
 	case err == nil && string(line[:]) == preambleVerbs:
 		_ = nc.SetDeadline(time.Time{})
