@@ -142,11 +142,11 @@ func (m *member) start(dir string, cfg *embed.Config) error {
 	if err != nil {
 		return err
 	}
-	m.lock = lock
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(guarded(m.log, m))
 	if err := m.startEtcd(cfg); err != nil {
 		return errors.Join(err, lock.Close())
 	}
+	m.lock = lock
 	return nil
 }
 
@@ -333,6 +333,9 @@ func (m *member) close() error {
 		case <-patience.C:
 			return nil
 		}
+	}
+	if m.lock == nil { // it never started
+		return nil
 	}
 	return m.lock.Close()
 }

@@ -117,11 +117,11 @@ func (r *router) set(urls []string) {
 		return
 	}
 	for _, e := range r.ends {
-		if !slices.Contains(ends, e) {
-			if e == r.using {
-				r.using = nil
-				r.store.setRoute(nil, outside, errors.New("the member in use was removed"))
-			}
+		switch {
+		case slices.Contains(ends, e):
+		case e == r.using: // until it does not answer any more, which is soon if it was removed
+			ends = append(ends, e)
+		default:
 			_ = e.client.Close()
 		}
 	}

@@ -3,10 +3,12 @@
 package etcd_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -154,5 +156,72 @@ func TestLeaderCutOff(t *testing.T) {
 	case <-lead: // and it leads again
 	case <-time.After(2*catalog.AliveTTL + 5*time.Second):
 		t.Fatal("nobody leads when the catalogue is back")
+	}
+}
+
+// TestForceNew: the majority is gone for good; the one that is left goes on alone with what it has, and others join it again.
+func TestForceNew(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.start()
+	put(t, c.nodes[1].store, "a")
+	if got := names(t, c.nodes[0].store); got != "a" {
+		t.Fatalf("records %q", got)
+	}
+	for _, n := range c.nodes {
+		c.close(n)
+	}
+	left := c.nodes[0]
+	left.member.ForceNew, left.member.Members = true, nil
+	c.open(left)
+	if got := names(t, left.store); got != "a" {
+		t.Fatalf("records %q", got)
+	}
+	ms, err := left.store.Members(t.Context())
+	if err != nil || len(ms) != 1 {
+		t.Fatalf("members %+v, %v", ms, err)
+	}
+	left.member.ForceNew = false
+	c.close(left)
+	c.open(left)
+	if err := etcd.Rejoin(t.Context(), c.nodes[1].options(t)); err != nil {
+		t.Fatal(err)
+	}
+	c.open(c.nodes[1])
+	if err := left.store.Promote(t.Context(), "n2"); err != nil {
+		t.Fatal(err)
+	}
+	put(t, c.nodes[1].store, "b")
+	if got := names(t, left.store); got != "a b" {
+		t.Fatalf("records %q", got)
+	}
+}
+
+// TestDamagedMember: a member whose files are damaged does not keep its node from going on through the others.
+func TestDamagedMember(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.start()
+	n := c.nodes[2]
+	put(t, n.store, "a")
+	c.close(n)
+	if err := os.WriteFile(filepath.Join(n.dir, "member", "snap", "db"), bytes.Repeat([]byte{0xA5}, 64<<10), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.open(n)
+	if state, err := n.store.MemberState(); state != etcd.StateFailed || !errors.Is(err, etcd.ErrDamaged) {
+		t.Fatalf("state %v, %v", state, err)
+	}
+	put(t, n.store, "b")
+	c.close(n)
+	if err := etcd.Rejoin(t.Context(), n.options(t)); err != nil {
+		t.Fatal(err)
+	}
+	c.open(n)
+	if err := n.store.Promote(t.Context(), "n3"); err != nil {
+		t.Fatal(err)
+	}
+	if got := names(t, n.store); got != "a b" {
+		t.Fatalf("records %q", got)
 	}
 }
