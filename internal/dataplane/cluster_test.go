@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -22,6 +23,7 @@ import (
 	"ashlar/internal/block"
 	"ashlar/internal/block/blocktest"
 	"ashlar/internal/dataplane/client"
+	"ashlar/internal/disk"
 	"ashlar/internal/nbd"
 )
 
@@ -955,4 +957,40 @@ func FuzzCheckCluster(f *testing.F) {
 			t.Error("it stands for two nodes, or none")
 		}
 	})
+}
+
+// TestSuccessorFlushes: what the process before had not flushed is flushed on the replica's node before its successor serves the guests: only who wrote it would notice that that node was booted again.
+func TestSuccessorFlushes(t *testing.T) {
+	w := newTown(t, 2, newBed)
+	mem := w.beds[1].onMem(disk.MemOptions{Seed: 1})
+	cs := []*client.Client{nil, w.beds[1].ready()}
+	w.tell(1, cs[1])
+	old := w.beds[0].startSide("1.0")
+	cs[0] = w.beds[0].clientOf("1.0")
+	w.tell(0, cs[0])
+	a := w.farVolume(cs[1], 1, 1, 0)
+	a.Frontend = ""
+	w.beds[0].open(cs[0], a)
+	vol := old.p.slot(a.VolumeID).vol
+	if _, err := vol.Device().WriteAt(page("not flushed"), 0); err != nil {
+		t.Fatal(err)
+	}
+	var flushed atomic.Int32
+	mem.OnOp(func(op disk.Op) {
+		if op.Kind == disk.OpSync && strings.HasSuffix(op.Name, ".layer") {
+			flushed.Add(1)
+		}
+	})
+	w.beds[0].succeedSide("1.1")
+	if err := old.end(t); err != nil {
+		t.Fatal(err)
+	}
+	w.beds[0].answers("1.1")
+	eventually(t, "the successor has it", func() bool {
+		st, _ := status(t, w.beds[0].clientOf("1.1"), a.VolumeID)
+		return st.State == stateOpen && st.Session == 2
+	})
+	if flushed.Load() == 0 {
+		t.Error("the successor serves what is not flushed")
+	}
 }
