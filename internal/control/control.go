@@ -48,14 +48,16 @@ type Control struct {
 	away bool
 	// held keeps records from being written again and again from an old picture: until they change, or a while has passed.
 	held map[catalog.Key]time.Time
+	// planned is how long this round's plans took.
+	planned time.Duration
 }
 
 const (
 	resync = 30 * time.Second
 	// holdFor is how long a write that failed waits for the watch to show why.
 	holdFor = 200 * time.Millisecond
-	// share bounds what planning takes of a processor: after a round it rests so many times as long as that took, but not longer than restMax, and takes what changed meanwhile together.
-	share   = 4
+	// share bounds what planning takes of a processor: after a round it rests so many times as long as its plans took, but not longer than restMax, and takes what changed meanwhile together.
+	share   = 2
 	restMax = 100 * time.Millisecond
 )
 
@@ -125,11 +127,11 @@ func (c *Control) lead(ctx context.Context) error {
 		case <-timer.C:
 		}
 		wait := c.cfg.Resync
-		began := time.Now()
+		c.planned = 0
 		if again := c.round(ctx); again {
 			wait = holdFor
 		}
-		if rest := min(share*time.Since(began), restMax); rest > 0 {
+		if rest := min(share*c.planned, restMax); rest > 0 {
 			timer.Reset(rest)
 			select {
 			case <-timer.C:
@@ -174,7 +176,10 @@ func (c *Control) round(ctx context.Context) (again bool) {
 		wrote := false
 		now := c.cfg.Now()
 		failed := map[string]bool{}
-		for _, w := range plan.Cluster(plan.ClusterInput{View: c.view, Now: now, NewID: c.cfg.NewID, API: c.cfg.API}) {
+		began := time.Now() // a duration, whatever Now is
+		writes := plan.Cluster(plan.ClusterInput{View: c.view, Now: now, NewID: c.cfg.NewID, API: c.cfg.API})
+		c.planned += time.Since(began)
+		for _, w := range writes {
 			if until, ok := c.held[w.Key]; ok && now.Before(until) || w.Group != "" && failed[w.Group] {
 				failed[w.Group], again = true, true
 				continue

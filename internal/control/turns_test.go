@@ -4,11 +4,13 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"ashlar/internal/catalog"
+	"ashlar/internal/control"
 )
 
 // pausing stops whoever writes through it before its next write, when it is told to, and lets it go on when it is told to: a process that was stopped and does not know it.
@@ -225,5 +227,40 @@ func (c *cluster) checkEnd(made int) {
 	}
 	if said["Deleted"] != deleted {
 		c.t.Errorf("that a volume was deleted was said %d times, want %d", said["Deleted"], deleted)
+	}
+}
+
+// TestBurst: a hundred changes, a millisecond apart, among 2,000 volumes cost few plans, and all is done soon.
+func TestBurst(t *testing.T) {
+	c := newCluster(t)
+	for n := range 2000 {
+		name := fmt.Sprint("old", n)
+		put(c, catalog.VolumeKey(catalog.Wanted, name), catalog.VolumeWanted{Name: name, ID: "id-" + name, SizeBytes: 1 << 30, Copies: 1, Replicas: []catalog.Placement{{ReplicaID: "rep-" + name, Node: "n1", DiskID: "disk"}}})
+		put(c, catalog.MembershipKey("id-"+name), catalog.Membership{VolumeID: "id-" + name, Epoch: 1, Members: []catalog.MembershipMember{{ReplicaID: "rep-" + name, Node: "n1"}}})
+	}
+	var plans atomic.Int64
+	ctx, cancel := context.WithCancel(t.Context())
+	ctl := control.New(control.Config{Catalog: c.mem, Now: func() time.Time { plans.Add(1); return time.Now() }})
+	var done sync.WaitGroup
+	done.Go(func() { _ = ctl.Run(ctx) })
+	defer done.Wait()
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	began := time.Now()
+	for n := range 100 {
+		c.volume(fmt.Sprint("v", n))
+		<-tick.C
+	}
+	for n := range 100 {
+		for !c.placed(fmt.Sprint("v", n)) {
+			if <-tick.C; time.Since(began) > 20*time.Second {
+				t.Fatalf("v%d is not placed", n)
+			}
+		}
+	}
+	t.Logf("%d plans in %v", plans.Load(), time.Since(began))
+	if plans.Load() > 80 {
+		t.Errorf("%d plans for 100 changes", plans.Load())
 	}
 }

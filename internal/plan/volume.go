@@ -101,7 +101,7 @@ func (c *leader) index(name string) {
 		if w.ImageID != "" && w.Deleted == nil {
 			c.stay[[2]string{w.ImageID, r.DiskID}] = true
 		}
-		if r.CopyOf != "" && atRest(vol) {
+		if r.CopyOf != "" && len(w.Tickets) == 0 && w.Deleted == nil { // one that waits for its volume to be at rest keeps nobody waiting
 			c.moves.begin(c.spotOf(r.CopyOf, w), spot{r.Node, r.DiskID})
 		}
 	}
