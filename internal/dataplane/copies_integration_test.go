@@ -73,3 +73,25 @@ func TestCopyThroughput(t *testing.T) {
 			theirs.Round(time.Millisecond), float64(size)/mib/theirs.Seconds(), strings.TrimSpace(string(load)))
 	}
 }
+
+// TestCopySlowSource: an original whose node gives background work so little that one read takes longer than a node may be silent is copied all the same.
+func TestCopySlowSource(t *testing.T) {
+	w := newTown(t, 2, newBed)
+	cs := w.ready()
+	from, to := w.beds[0], w.beds[1]
+	a, _ := filled(t, from, cs[0], 2*mib)
+	if err := cs[0].SetBackground(t.Context(), client.Background{BytesPerSecond: 170 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	ask := client.CopyReplica{VolumeID: a.VolumeID, Volume: a.Volume, Node: to.node, DiskID: to.diskID, ReplicaID: id("repl", 2), From: a.ReplicaID, FromNode: from.node}
+	if _, err := cs[1].CopyReplica(t.Context(), ask); err != nil {
+		t.Fatal(err)
+	}
+	if j := awaitJob(t, cs[1], ask.ReplicaID); j.State != jobDone {
+		t.Fatalf("copy: %+v", j)
+	}
+	if took := time.Since(began); took < 5*time.Second || took > 15*time.Second {
+		t.Errorf("2 MiB at 170 KiB/s took %v", took)
+	}
+}

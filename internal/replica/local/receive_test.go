@@ -188,7 +188,7 @@ func growBack(l *lab, to replica.LayerInfo, id replica.LayerID) {
 
 // TestReceive: any tree, also over an image, reads the same after it was copied, is counted the same, and lives on the same, also after a power cut right after it was placed.
 func TestReceive(t *testing.T) {
-	for n := range 6 * (1 + thorough()) {
+	for n := range 4 * (1 + thorough()) {
 		seed := uint64(4000 + n)
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 0))

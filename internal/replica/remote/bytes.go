@@ -102,6 +102,9 @@ func (b *bytesConn) Lookup(name string) (nbd.Export, error) {
 	case kindSource:
 		e.Device, _, err = b.s.cfg.Host.OpenSource(b.s.life, n.source)
 		b.dev = e.Device
+		if w, ok := e.Device.(interface{ MayWait() bool }); ok { // it is read at a rate, and must not keep this end from showing that it lives
+			e.MayWait = w.MayWait
+		}
 	}
 	if err != nil {
 		b.s.cfg.Log.Debug("another node asks for what is not to be had", "export", name, "err", err)
