@@ -78,7 +78,7 @@ func TestHolderDies(t *testing.T) {
 	}
 }
 
-// TestLead: one leads at a time; one that resigns, fails or is cut off is followed by another; what fn returns counts.
+// TestLead: one leads at a time; one that resigns is followed by another; what fn returns counts.
 func TestLead(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1)
@@ -99,10 +99,8 @@ func TestLead(t *testing.T) {
 	defer wg.Wait()
 	all, cancelAll := context.WithCancel(t.Context())
 	defer cancelAll()
-	stores := map[string]*etcd.Store{}
 	for _, name := range []string{"a", "b", "c"} {
 		s := c.guest(name)
-		stores[name] = s
 		wg.Go(func() {
 			err := s.Lead(all, func(ctx context.Context) error {
 				mu.Lock()
@@ -144,15 +142,6 @@ func TestLead(t *testing.T) {
 	if second.name == first.name {
 		t.Fatal("it leads again")
 	}
-	begin = time.Now()
-	if err := stores[second.name].Close(); err != nil { // dies: nothing is given back
-		t.Fatal(err)
-	}
-	if second.ctx.Err() == nil {
-		t.Fatal("a store that is closed leads")
-	}
-	third := next(catalog.AliveTTL + 3*time.Second)
-	t.Logf("%s after %s, which died: %v", third.name, second.name, time.Since(begin).Round(time.Millisecond))
 	cancelAll()
-	<-third.ctx.Done()
+	<-second.ctx.Done()
 }

@@ -225,3 +225,37 @@ func TestDamagedMember(t *testing.T) {
 		t.Fatalf("records %q", got)
 	}
 }
+
+// TestLeaderDies: one that says nothing any more is followed when its time is over.
+func TestLeaderDies(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	c.open(c.nodes[0])
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	turns := make(chan context.Context, 2)
+	lead := func(s *etcd.Store) {
+		wg.Go(func() {
+			_ = s.Lead(ctx, func(ctx context.Context) error { turns <- ctx; <-ctx.Done(); return ctx.Err() })
+		})
+	}
+	first := c.guest("first")
+	lead(first)
+	l := <-turns
+	lead(c.guest("second"))
+	begin := time.Now()
+	if err := first.Close(); err != nil { // nothing is given back
+		t.Fatal(err)
+	}
+	if l.Err() == nil {
+		t.Fatal("a store that is closed leads")
+	}
+	select {
+	case <-turns:
+		t.Logf("followed after %v", time.Since(begin).Round(time.Millisecond))
+	case <-time.After(catalog.AliveTTL + 3*time.Second):
+		t.Fatal("nobody leads")
+	}
+}
