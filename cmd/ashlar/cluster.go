@@ -17,7 +17,7 @@ import (
 
 // clusterCommand is what concerns the catalogue as a whole.
 func (a *app) clusterCommand() *cobra.Command {
-	return group("cluster", "Make a cluster; back up and restore its catalogue", a.clusterInit(), a.clusterToken(), a.clusterReaddress(), a.clusterBackup(), a.clusterRestore())
+	return group("cluster", "Make a cluster; back up and restore its catalogue", a.clusterInit(), a.clusterToken(), a.clusterReaddress(), a.clusterRescue(), a.clusterBackup(), a.clusterRestore())
 }
 
 func (a *app) clusterBackup() *cobra.Command {

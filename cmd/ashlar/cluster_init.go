@@ -113,3 +113,28 @@ those on other nodes whose copies are here wait until then.`,
 	optionOf("data-dir").define(cmd, &cfg.DataDir)
 	return cmd
 }
+
+func (a *app) clusterRescue() *cobra.Command {
+	cfg := node.Config{Version: version}
+	var lost bool
+	cmd := &cobra.Command{
+		Use: "rescue", Short: "Go on with this node's catalogue alone, when most voters are lost for good",
+		Long: `Rescue makes this node's member of the catalogue the only one: for when the majority of the nodes that kept the catalogue is lost for good, and nothing can be changed any
+more. What this member knows is kept; what only the others knew is gone. The lost nodes must never start again with what they have: they would go on by themselves. Stop serve here
+first; guests go on. Afterwards start it, and remove the lost nodes: other nodes take their places.`,
+		Example: "  systemctl stop ashlar && ashlar cluster rescue --others-are-lost && systemctl start ashlar\n  ashlar node remove kvm2 --force", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !lost {
+				return usageError{cmd, fmt.Errorf("--others-are-lost is needed: say that the other voters will never start again with what they have")}
+			}
+			cfg.RunDir, cfg.Log = a.runDir, slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelError}))
+			if err := node.Rescue(cmd.Context(), cfg); err != nil {
+				return err
+			}
+			return a.print(map[string]bool{"rescued": true}, func() { a.say("this node keeps the catalogue alone now; start serve, then remove the lost nodes") })
+		},
+	}
+	cmd.Flags().BoolVar(&lost, "others-are-lost", false, "the other voters will never start again with what they have")
+	optionOf("data-dir").define(cmd, &cfg.DataDir)
+	return cmd
+}

@@ -511,6 +511,25 @@ func TestJoinThroughAnybody(t *testing.T) {
 	}
 }
 
+// TestJoinExternal joins nodes whose catalogue was there before: the record that a node's serve made gets its id, nobody votes, nothing is given up.
+func TestJoinExternal(t *testing.T) {
+	w := found(t)
+	put(w, catalog.NodeKey(catalog.Wanted, "n2"), catalog.NodeWanted{Name: "n2", Disks: map[string]catalog.DiskWanted{"d": {Path: "/x"}}})
+	srv := w.server(w.dir, w.state)
+	srv.cfg.Embedded = false
+	at := Address("127.0.0.1", row(t), 0)
+	serve(t, srv, at)
+	c := w.joiner("n2")
+	if _, err := Join(t.Context(), c); !errors.Is(err, client.ErrExists) {
+		t.Errorf("with an etcd of its own: %v, want ErrExists", err)
+	}
+	c.To, c.OwnID, c.Disks = at, "", nil
+	s := w.join(c)
+	if n := w.wanted("n2"); n.ID != s.NodeID || n.Voter || n.Disks["d"].Path != "/x" || s.Voter || s.Discard != nil || len(s.Members) > 0 {
+		t.Errorf("%+v with the record %+v", s, n)
+	}
+}
+
 // TestNoPlaceYet lets a voter in for which there is no place among the members now: it becomes one later.
 func TestNoPlaceYet(t *testing.T) {
 	w := found(t)

@@ -92,7 +92,7 @@ type JoinConfig struct {
 	Name  string // this node's
 	Host  string
 	Port  int
-	// Disks are this node's, all empty, and OwnID its cluster of one, which it gives up.
+	// Disks are this node's, all empty, and OwnID its cluster of one, which it gives up; "": it has none, because its catalogue is the cluster's already.
 	Disks map[string]catalog.DiskWanted
 	OwnID string
 	Zone  string
@@ -147,10 +147,12 @@ func Join(ctx context.Context, cfg JoinConfig) (State, error) {
 	}
 	s := State{
 		ClusterID: a.ClusterID, NodeID: begun.NodeID, Name: cfg.Name, Host: cfg.Host, Port: cfg.Port, Voter: a.Voter, Members: a.Members,
-		Discard: &Discard{ClusterID: cfg.OwnID},
 	}
-	for _, name := range slices.Sorted(maps.Keys(cfg.Disks)) {
-		s.Discard.Disks = append(s.Discard.Disks, cfg.Disks[name].Path)
+	if cfg.OwnID != "" {
+		s.Discard = &Discard{ClusterID: cfg.OwnID}
+		for _, name := range slices.Sorted(maps.Keys(cfg.Disks)) {
+			s.Discard.Disks = append(s.Discard.Disks, cfg.Disks[name].Path)
+		}
 	}
 	return s, cfg.Dir.take(s, begun, a)
 }
@@ -321,7 +323,7 @@ func (s *Server) nameIsFree(ctx context.Context, in joinRequest) error {
 		return nil
 	case err != nil:
 		return err
-	case n.ID == in.NodeID && n.Deleted == nil:
+	case n.Deleted == nil && (n.ID == in.NodeID || n.ID == "" && !s.cfg.Embedded): // with an etcd that was there before, its serve made the record
 		return nil
 	case n.Deleted != nil:
 		return client.Failure(client.CodeExists, fmt.Sprintf("join: a node called %s is being removed; wait until it is gone, or give this one another name (serve --name)", in.Name))
@@ -346,7 +348,12 @@ func (s *Server) admit(ctx context.Context, in joinRequest) (voter bool, err err
 		if err := s.nameIsFree(ctx, in); err != nil {
 			return false, err
 		}
-		n, rev, err = catalog.Read[catalog.NodeWanted](ctx, s.cfg.Catalog, key)
+		n, rev, err = catalog.Update(ctx, s.cfg.Catalog, key, func(n *catalog.NodeWanted) error {
+			if n.ID == "" {
+				n.ID = in.NodeID
+			}
+			return nil
+		})
 	}
 	if err != nil || !n.Voter {
 		return false, err

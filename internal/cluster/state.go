@@ -161,6 +161,12 @@ func (s State) Identity() identity.Node {
 	return identity.Node{ClusterID: s.ClusterID, NodeID: s.NodeID, Name: s.Name, Host: s.Host}
 }
 
+// Alone is the node as the only member of etcd.
+func (s State) Alone() State {
+	s.Members = []Member{s.Self()}
+	return s
+}
+
 // Endpoints are where etcd is asked: this node's own member first.
 func (s State) Endpoints() []string {
 	var out []string

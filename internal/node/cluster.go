@@ -27,7 +27,10 @@ import (
 // ErrRestart is what Wait returns when the node is to be built anew: close it, and Start it again with the same Config. It is no failure, and guests do not notice.
 var ErrRestart = cluster.ErrRestart
 
-func (n *Node) dir() cluster.Dir { return cluster.Dir(filepath.Join(n.cfg.DataDir, "cluster")) }
+func (n *Node) dir() cluster.Dir { return cluster.Dir(dirOf(n.cfg.DataDir)) }
+
+// dirOf is the cluster directory below a data directory.
+func dirOf(dataDir string) string { return filepath.Join(dataDir, "cluster") }
 
 func (n *Node) authorityDir() string { return filepath.Join(n.cfg.DataDir, "identity") }
 

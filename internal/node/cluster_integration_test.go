@@ -20,6 +20,7 @@ import (
 
 // Exit codes of the command line, docs/cli.md.
 const (
+	exitUsage       = 2
 	exitConflict    = 4
 	exitUnreachable = 5
 	exitRefused     = 6
@@ -160,6 +161,7 @@ func TestClusterLife(t *testing.T) {
 	c.emptied()
 	c.removed()
 	c.allOff()
+	c.rescued()
 }
 
 // joins adds three nodes, with what is refused on the way.
@@ -278,4 +280,23 @@ func (c *crowd) allOff() {
 	c.start(3)
 	c.voters(2, "node1", "node3", "node4")
 	c.change(0)
+}
+
+// rescued loses two of three voters for good: the last one goes on alone once somebody says so.
+func (c *crowd) rescued() {
+	for _, i := range []int{2, 3} {
+		if err := c.KillNode(c.ctx, i); err != nil {
+			c.Fatal(err)
+		}
+	}
+	c.kill(0)
+	c.refused(0, exitUsage, "--others-are-lost", "cluster", "rescue", "--data-dir", c.Nodes[0].DataDir)
+	c.do(0, "cluster", "rescue", "--others-are-lost", "--data-dir", c.Nodes[0].DataDir)
+	c.start(0)
+	c.change(0)
+	c.until("they are missed", 20*time.Second, func() bool { n := c.nodes(0); return n["node3"].State == "down" && n["node4"].State == "down" })
+	for _, node := range []string{"node3", "node4"} {
+		c.do(0, "node", "remove", node, "--force")
+	}
+	c.voters(0, "node1")
 }

@@ -329,11 +329,15 @@ func (n *Node) serverTLS() (*tls.Config, error) {
 	if api.CheckListen(n.cfg.Listen, api.Plain) == nil {
 		return nil, nil
 	}
-	if n.state != nil { // the certificate by which other nodes know it too
+	var authority *identity.Authority
+	var err error
+	if n.state == nil {
+		authority, err = identity.OpenAuthority(n.authorityDir(), nil)
+	} else if authority, err = n.dir().Authority(nil); errors.Is(err, fs.ErrNotExist) {
+		// No key to sign with: REST shows what other nodes know it by, which names its host.
 		f := n.dir().Files()
 		return identity.ServerTLS(identity.ServerFiles{CertFile: f.CertFile, KeyFile: f.KeyFile})
 	}
-	authority, err := identity.OpenAuthority(n.authorityDir(), nil)
 	if err != nil {
 		return nil, err
 	}

@@ -10,7 +10,8 @@ import (
 )
 
 // Restore brings the records of a backup (catalog.Export) back into this node's empty catalogue. `ashlar serve` must not run on the data directory (ErrInUse); the data
-// process may, with guests on it: it is not asked anything. The restored catalogue may be older than the disks: each volume then refuses to open, with
+// process may, with guests on it: it is not asked anything. In a cluster this node's member becomes the first of a new catalogue, and the other voters join it when they find that theirs is no
+// more. The restored catalogue may be older than the disks: each volume then refuses to open, with
 // client.ErrStaleCatalogue, until Recover continued above what its disks know. catalog.ErrNotEmpty, catalog.ErrBackup, catalog.ErrNewer: nothing was changed.
 func Restore(ctx context.Context, cfg Config, backup io.Reader) (done catalog.Backed, err error) {
 	if cfg.Name == "" {
@@ -25,7 +26,7 @@ func Restore(ctx context.Context, cfg Config, backup io.Reader) (done catalog.Ba
 	if err := n.lock(); err != nil {
 		return done, fmt.Errorf("%w (stop it for this; guests go on)", err)
 	}
-	cat, err := n.openStore(ctx)
+	cat, err := n.openFirst(ctx)
 	if err != nil {
 		return done, fmt.Errorf("open the catalogue: %w", err)
 	}
