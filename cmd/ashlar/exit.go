@@ -97,6 +97,12 @@ func exitCode(ctx context.Context, err error) int {
 	return exitFailed
 }
 
+// noAnswer tells that nobody answered at all, rather than a node that cannot ask another, or its catalogue.
+func noAnswer(err error) bool {
+	var e *api.Error
+	return errors.As(err, &e) && e.Status == 0
+}
+
 // report prints what went wrong and returns the exit code.
 func (a *app) report(ctx context.Context, err error) int {
 	code := exitCode(ctx, err)
@@ -113,7 +119,7 @@ func (a *app) report(ctx context.Context, err error) int {
 		fmt.Fprintf(a.err, "ashlar: gave up waiting; %v\n", on)
 	case code == exitInterrupted:
 		fmt.Fprintln(a.err, "ashlar: interrupted")
-	case code == exitUnreachable && a.server == "":
+	case code == exitUnreachable && a.server == "" && noAnswer(err):
 		fmt.Fprintf(a.err, "ashlar: %v; is `ashlar serve` running here? (looked for %s)\n", err, client.Socket(a.runDir))
 	default:
 		fmt.Fprintf(a.err, "ashlar: %v\n", err)

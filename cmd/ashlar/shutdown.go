@@ -57,6 +57,9 @@ func (a *app) shutdownOther(ctx context.Context, c *client.Client, name string, 
 		short, cancel := a.bounded(ctx)
 		defer cancel()
 		err := c.WaitNodeState(short, name, func(n api.Node) bool { return n.State == api.NodeDown })
+		if api.CodeOf(err) == api.CodeUnreachable {
+			return api.Because(err, api.CodeUnreachable, "node %s is shutting down, and the catalogue does not answer without it: more than half of its members must run", name)
+		}
 		if err != nil {
 			return stillGoing(err, "node %s is still shutting down", name)
 		}

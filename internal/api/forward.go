@@ -214,7 +214,7 @@ func PassTo(base *url.URL, rt http.RoundTripper) http.Handler {
 			if r.Context().Err() != nil {
 				panic(http.ErrAbortHandler) // nobody waits for an answer
 			}
-			e := Because(err, CodeUnreachable, "node %s did not answer, and may have done what was asked: %v", base.Hostname(), err)
+			e := Because(err, CodeUnreachable, "the node at %s did not answer, and may have done what was asked: %v", base.Host, err)
 			write(w, e.Status, errorBody(r, e))
 		},
 		ErrorLog: log.New(io.Discard, "", 0), // what goes wrong is answered

@@ -210,13 +210,17 @@ func TestForwardVerbs(t *testing.T) {
 	if err := json.Unmarshal(data, &d); err != nil || len(d.Ranges) != 2 || d.Ranges[0].Off != 4096 {
 		t.Errorf("%s %v", data, err)
 	}
-	_, data = p.ask(200, p.request("GET", "/metrics?node=n2", nil))
+	_, data = p.ask(200, p.request("GET", "/v1/nodes/n2/metrics", nil))
 	if !strings.Contains(string(data), `ashlar_build_info{version="v1",node="n2"} 1`) {
 		t.Errorf("%.300s", data)
 	}
-	if res, _ := p.ask(200, p.request("HEAD", "/metrics?node=n2", nil)); res.Header.Get("Date") == "" {
+	if res, _ := p.ask(200, p.request("HEAD", "/v1/nodes/n2/metrics", nil)); res.Header.Get("Date") == "" {
 		t.Error("no time")
 	}
+	if _, data = p.ask(200, p.request("GET", "/v1/nodes/n1/metrics", nil)); !strings.Contains(string(data), `node="n1"} 1`) {
+		t.Errorf("%.300s", data)
+	}
+	p.ask(404, p.request("GET", "/v1/nodes/n9/metrics", nil))
 	// The volume that is attached there is in the way; forced, it is not.
 	p.ask(409, p.request("POST", "/v1/nodes/n2?action=shutdown", strings.NewReader(`{}`)))
 	p.ask(200, p.request("POST", "/v1/nodes/n2?action=shutdown", strings.NewReader(`{"FORCE":true}`)))

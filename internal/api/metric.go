@@ -40,12 +40,6 @@ func (h *Handler) metrics(w http.ResponseWriter, r *http.Request) {
 		h.fail(w, r, wrongMethod(w, r, []string{http.MethodGet}))
 		return
 	}
-	if node := r.URL.Query().Get("node"); h.elsewhere(r, node) {
-		if _, err := h.forward(&call{r: r, w: w, base: baseURL(r)}, node, "the metrics of node "+quote(node)); err != nil {
-			h.fail(w, r, err)
-		}
-		return
-	}
 	e := &exposition{}
 	e.metric("ashlar_build_info", "gauge", "This build; always 1.")
 	e.sample("ashlar_build_info", 1, "version", h.cfg.Version, "node", h.cfg.Node)
@@ -58,6 +52,21 @@ func (h *Handler) metrics(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	// A scraper that went away is nobody's error.
 	_, _ = w.Write([]byte(e.text.String()))
+}
+
+// nodeMetrics answers /v1/nodes/NAME/metrics: /metrics of that node.
+func (h *Handler) nodeMetrics(c *call) (any, error) {
+	if h.elsewhere(c.r, c.id) {
+		if _, err := h.nodeGet(c); err != nil {
+			return nil, err
+		}
+		return h.forward(c, c.id, "the metrics of node "+c.id)
+	}
+	if c.id != h.cfg.Node {
+		return nil, Failure(CodeNotFound, "the metrics of node %s: this is node %s", quote(c.id), h.cfg.Node)
+	}
+	h.metrics(c.w, c.r)
+	return sent{}, nil
 }
 
 func (h *Handler) volumeMetrics(e *exposition, r *http.Request) error {

@@ -32,7 +32,10 @@ type ImageOn struct {
 }
 
 func (h *Handler) nodeWays() []way {
-	return []way{{path: "/{name}/contents", about: "What a node has, and what is in the way of emptying it.", do: h.nodeContents, out: NodeContents{}}}
+	return []way{
+		{path: "/{name}/contents", about: "What a node has, and what is in the way of emptying it.", do: h.nodeContents, out: NodeContents{}},
+		{path: "/{name}/metrics", about: "What /metrics of that node says.", do: h.nodeMetrics, head: true, media: []string{"text/plain"}},
+	}
 }
 
 func (h *Handler) nodeContents(c *call) (any, error) {

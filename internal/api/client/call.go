@@ -91,7 +91,7 @@ func (c *Client) RemoveDisk(ctx context.Context, node, disk string) (api.Node, e
 
 // NodeTime asks a node for its clock's time, as exact as a second. The node that answers passes the question on.
 func (c *Client) NodeTime(ctx context.Context, node string) (time.Time, error) {
-	r, err := c.request(ctx, http.MethodHead, "/metrics?node="+url.QueryEscape(node), nil)
+	r, err := c.request(ctx, http.MethodHead, at("nodes", node, "")+"/metrics", nil)
 	if err != nil {
 		return time.Time{}, err
 	}
