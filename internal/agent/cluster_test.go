@@ -26,6 +26,7 @@ type gate struct {
 	mu   sync.Mutex
 	shut chan struct{} // closed while it is shut
 	puts int
+	lie  func(catalog.Event) catalog.Event // what watches show; nil: the truth
 }
 
 func newGate(m *catalog.Mem) *gate { return &gate{Mem: m, shut: make(chan struct{})} }
@@ -109,7 +110,12 @@ func (g *gate) Watch(ctx context.Context, from catalog.Rev, fn func(catalog.Even
 		case <-inner.Done():
 		}
 	})
-	err = g.Mem.Watch(inner, from, fn)
+	err = g.Mem.Watch(inner, from, func(ev catalog.Event) error {
+		if g.lie != nil {
+			ev = g.lie(ev)
+		}
+		return fn(ev)
+	})
 	if ctx.Err() == nil && inner.Err() != nil {
 		err = catalog.ErrUnreachable
 	}
@@ -706,4 +712,54 @@ func (f *fleet) audit() {
 			f.t.Errorf("node %s missed %d actions and %d writes: %+v %+v", m.name, len(p.Actions), len(p.Writes), p.Actions, p.Writes)
 		}
 	}
+}
+
+// TestDroppedIsReadAgain: what the watch says is not enough to destroy a replica whose place another is said to have taken.
+func TestDroppedIsReadAgain(t *testing.T) {
+	withFleet(t, 2, func(f *fleet) {
+		n1, n2 := f.nodes[0], f.nodes[1]
+		v := f.volumeOn("a", n1)
+		f.on("a", n1)
+		f.settle(time.Second)
+		f.detach("a")
+		f.settle(time.Second)
+		// The watch lies about who is a member: it shows the other replica, the record names this one.
+		n1.cat.lie = func(ev catalog.Event) catalog.Event {
+			if ev.Key.Kind == catalog.KindMembership {
+				ev.Value = []byte(strings.ReplaceAll(string(ev.Value), v.Replicas[0].ReplicaID, "other"))
+			}
+			return ev
+		}
+		f.end() // control would take it back
+		_, _, err := catalog.Update(t.Context(), f.mem, catalog.MembershipKey(v.ID), func(m *catalog.Membership) error { m.Generation++; return nil })
+		f.want("touched", err == nil, err)
+		f.update("a", func(w *catalog.VolumeWanted) {
+			w.Dropped, w.Replicas = w.Replicas, []catalog.Placement{{ReplicaID: "other", Node: "n2", DiskID: n2.disk()}}
+		})
+		f.settle(time.Minute)
+		f.want("still there", len(n1.host.disks["/n1"].replicas) == 1 && n1.host.deeds["delete-replica"] == 0, n1.host.deeds)
+	})
+}
+
+// TestTriedAgain: what failed is tried again when it is time, though nothing else happens.
+func TestTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.end()
+		w.calm = 24 * time.Hour
+		w.start()
+		w.createVolume("a", "")
+		w.settle(time.Second)
+		failures := 4
+		w.host.setFault(func(_ context.Context, verb string, early bool) error {
+			if verb == "open-volume" && early && failures > 0 {
+				failures--
+				return errInjected
+			}
+			return nil
+		})
+		w.attach("a", catalog.Ticket{})
+		w.settle(30 * time.Second)
+		w.wantState("a", catalog.VolumeAttached, catalog.RobustnessHealthy)
+	})
 }
