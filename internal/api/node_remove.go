@@ -45,7 +45,6 @@ func (h *Handler) nodeDelete(c *call) (any, error) {
 		}
 		n.AllowScheduling = false
 		n.Lost = n.Lost || force
-		n.Lost = n.Lost || force
 		if n.Deleted == nil {
 			n.Deleted = &now
 		}
