@@ -107,3 +107,52 @@ func TestBlockDevice(t *testing.T) {
 		t.Error("closed, and in the state")
 	}
 }
+
+// TestFarBlockDevice: a block device whose volume's replica is another node's is mounted and written while either node's data process is killed: no writer sees an error, and fsck finds nothing.
+func TestFarBlockDevice(t *testing.T) {
+	w := newTown(t, 2, newProcs)
+	cs := w.readyProcs()
+	b, c := w.beds[0], cs[0]
+	t.Cleanup(func() { os.Remove(devDirOf(b.runDir)) })
+	a := w.openBy(w.beds[1].volume(cs[1], 1, 128*mib), 1, 0)
+	a.Frontend = frontendBlockdev
+	dev := b.open(c, a).Endpoint
+	mnt := filepath.Join(filepath.Dir(b.runDir), "mnt")
+	sh(t, `mkfs.ext4 -q "$1"; mkdir "$2"; mount "$1" "$2"; head -c 5000000 /dev/urandom > "$2/a"; sync`, dev, mnt)
+	mounted := true
+	t.Cleanup(func() {
+		if mounted {
+			exec.Command("umount", mnt).Run()
+			if err := c.CloseVolume(context.Background(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+				t.Errorf("left behind: %v", err)
+			}
+		}
+	})
+	wantCode(t, "close while it is mounted, with force", c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID, Force: true}), client.CodeInUse)
+	work := exec.Command("sh", "-euc", `i=0; while [ $i -lt 30 ]; do cp "$1/a" "$1/b"; cmp "$1/a" "$1/b"; sync -f "$1"; i=$((i+1)); done`, "sh", mnt)
+	var said bytes.Buffer
+	work.Stdout, work.Stderr = &said, &said
+	if err := work.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for _, node := range []int{1, 0, 1, 0} {
+		pid := w.beds[node].dataPID()
+		w.beds[node].kill(pid)
+		eventually(t, "the volume is back", func() bool {
+			if now := w.beds[node].dataPID(); now == 0 || now == pid {
+				return false
+			}
+			st, err := c.State(t.Context())
+			return err == nil && len(st.Volumes) == 1 && st.Volumes[0].State == stateOpen && st.Volumes[0].Away == "" && st.Volumes[0].Stats.WriteOps > 0
+		})
+	}
+	if err := work.Wait(); err != nil {
+		t.Fatalf("work under kills: %v\n%s", err, said.String())
+	}
+	sh(t, `umount "$1"`, mnt)
+	mounted = false
+	sh(t, `e2fsck -fn "$1"`, dev)
+	if err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Error(err)
+	}
+}

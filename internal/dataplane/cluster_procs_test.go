@@ -25,6 +25,7 @@ func (w *town) readyProcs() (clients []*client.Client) {
 // TestKillNodes kills, in turn, the data process that has the replica and the one that has the guest, both as processes of their own, while the catalogue is away: each comes back by itself, the guest waits, and all that was
 // acknowledged is there.
 func TestKillNodes(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newProcs)
 	cs := w.readyProcs()
 	a := w.farVolume(cs[1], 1, 1, 0)

@@ -278,6 +278,7 @@ func TestSetCluster(t *testing.T) {
 
 // TestStrangers: who is no node of the cluster, or another than the one that is meant, or was one, gets nowhere; a node whose address changed is found, and what works goes on.
 func TestStrangers(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 3, newBed)
 	cs := w.ready()
 	a := w.farVolume(cs[1], 1, 1, 0)
@@ -363,6 +364,7 @@ func TestStrangers(t *testing.T) {
 
 // TestFarVolume is a volume's life with its replica on another node: everything that a volume does.
 func TestFarVolume(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	cs := w.ready()
 	far, near := cs[1], cs[0]
@@ -473,6 +475,7 @@ func TestFarVolume(t *testing.T) {
 
 // TestFarConformance: what an NBD client sees of a volume whose replica is another node's is a Device like any other. The nodes speak without certificates, as they may on loopback.
 func TestFarConformance(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	for i := range w.set {
 		w.set[i].CertFile, w.set[i].KeyFile, w.set[i].CAFile = "", "", ""
@@ -497,6 +500,7 @@ func TestFarConformance(t *testing.T) {
 
 // TestFencedByNode: a volume is open where its replica is, and another node opens it: the first writer is ended, at once and for good; and the other way round.
 func TestFencedByNode(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	cs := w.ready()
 	here := w.beds[1].volume(cs[1], 1, 16*mib)
@@ -584,6 +588,7 @@ func TestDeleteServedReplica(t *testing.T) {
 
 // TestAway: a volume whose replica's node does not answer waits, says so, and is closed only by force; nothing hangs.
 func TestAway(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	x := w.through(0, 1)
 	cs := w.ready()
@@ -680,6 +685,7 @@ func TestAway(t *testing.T) {
 
 // TestFarHandOver passes both nodes' data processes on, in turn, under a guest that writes: its connection never ends and it sees no error.
 func TestFarHandOver(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	var sides []*side
 	var cs []*client.Client
@@ -736,6 +742,7 @@ func TestFarHandOver(t *testing.T) {
 
 // TestFailover cuts a writer off; another node opens the volume at the node that has its replica. When the wire is mended the first writer is refused for good, and everything that was acknowledged is there.
 func TestFailover(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 3, newBed) // node1 writes, node2 has the replica, node3 takes over
 	x := w.through(0, 1)
 	cs := w.ready()
@@ -865,6 +872,7 @@ func TestPeerLedger(t *testing.T) {
 
 // TestLostIncarnation: a volume whose replica's host was booted again is lost to its guests until it is detached, also for a restarted process; then it is what a power cut leaves, and needs no salvage.
 func TestLostIncarnation(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	cs := w.ready()
 	a := w.farVolume(cs[1], 1, 1, 0)
@@ -904,6 +912,7 @@ func TestLostIncarnation(t *testing.T) {
 
 // TestRebootOfNodeLosesNothing: a node whose host is booted again when everything was flushed has lost nothing: the volume waits and goes on, and the record learns of the new boot, so that the next process resumes.
 func TestRebootOfNodeLosesNothing(t *testing.T) {
+	t.Parallel()
 	w := newTown(t, 2, newBed)
 	cs := w.ready()
 	a := w.farVolume(cs[1], 1, 1, 0)

@@ -489,11 +489,11 @@ func (s *slot) cutLoose() {
 
 // closeSlot closes a volume for good: it leaves open.json first, because from here on nobody waits for it to come back.
 func (p *Process) closeSlot(ctx context.Context, s *slot, how closing) error {
-	args, _, _ := s.look()
+	args, state, _ := s.look()
 	patience := p.cfg.far.close
 	if how == closeForced {
 		patience = p.cfg.far.last
-	} else if away := s.rep.away(); away != "" && s.vol != nil {
+	} else if away := s.rep.away(); away != "" && state == stateOpen {
 		return fmt.Errorf("close volume %s: %w: %s; what its guests wrote cannot be flushed: wait, or close it with force", args.Volume, client.ErrUnreachable, away)
 	}
 	ctx, cancel := s.rep.patient(ctx, patience)
