@@ -99,8 +99,8 @@ func TestLead(t *testing.T) {
 	defer wg.Wait()
 	all, cancelAll := context.WithCancel(t.Context())
 	defer cancelAll()
-	for _, name := range []string{"a", "b", "c"} {
-		s := c.guest(name)
+	stores := map[string]*etcd.Store{"a": c.guest("a"), "b": c.guest("b"), "c": c.guest("c")}
+	for name, s := range stores { // all at once: nobody leads yet
 		wg.Go(func() {
 			err := s.Lead(all, func(ctx context.Context) error {
 				mu.Lock()
