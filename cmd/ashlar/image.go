@@ -179,7 +179,11 @@ func (a *app) waitImage(ctx context.Context, c *client.Client, name string) (api
 		return s.ready, nil
 	})
 	bar.end()
-	return img, stillGoing(err, "the import of image %s goes on; `ashlar image show %s` tells how far it is", name, name)
+	why := ""
+	if img.Error != "" {
+		why = ": " + img.Error
+	}
+	return img, stillGoing(err, "the import of image %s goes on%s; `ashlar image show %s` tells how far it is", name, why, name)
 }
 
 // importFor imports what a new volume shall hold, as an image of the volume's name. It is waited for however long it takes: there is no volume without it.
@@ -305,7 +309,7 @@ func (a *app) showImage(img api.BackingImage, nodes []api.Node) {
 	}
 	a.fields("Name", img.Name, "State", imageState(img).String(), "Source", img.Parameters["url"]+img.Parameters["path"], "Format", img.Format,
 		"Size", api.FormatSize(img.VirtualSize), "Received", api.FormatSize(img.Size), "Checksum", sum, "Digest", img.Digest, "Created", a.ago(img.Created),
-		"Copies", fmt.Sprintf("%d wanted", img.MinNumberOfCopies), "Node selector", strings.Join(img.NodeSelector, ", "), "Disk selector", strings.Join(img.DiskSelector, ", "), "Id", img.UUID)
+		"Copies", fmt.Sprintf("%d wanted", img.MinNumberOfCopies), "Node selector", strings.Join(img.NodeSelector, ", "), "Disk selector", strings.Join(img.DiskSelector, ", "), "Problem", img.Error, "Id", img.UUID)
 	a.say("")
 	rows := [][]string{{"DISK", "STATE", ">PROGRESS", ">ON DISK", "MESSAGE"}}
 	for _, disk := range slices.Sorted(maps.Keys(img.DiskFileStatusMap)) {

@@ -261,6 +261,9 @@ func stillThere(has api.NodeContents) string {
 	}
 	for _, i := range has.Images {
 		images = append(images, i.Image)
+		if i.Waits != "" && !slices.Contains(waiting, i.Waits) {
+			waiting = append(waiting, i.Waits)
+		}
 	}
 	var parts []string
 	add := func(format string, names []string) {

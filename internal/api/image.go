@@ -109,7 +109,7 @@ func (h *Handler) image(c *call, v imageView) BackingImage {
 		Resource: c.resource(w.Name, "backingImageCleanup", "updateMinNumberOfCopies"), Name: w.Name, UUID: w.ID, SourceType: w.SourceType,
 		Parameters: map[string]string{}, ExpectedChecksum: strings.TrimPrefix(w.ExpectedChecksum, "sha512:"), CurrentChecksum: o.CurrentChecksum,
 		MinNumberOfCopies: w.MinCopies, NodeSelector: tags(w.NodeSelector), DiskSelector: tags(w.DiskSelector), DataEngine: "v1", DiskFileStatusMap: map[string]DiskFile{},
-		Size: o.SizeBytes, VirtualSize: o.VirtualSizeBytes, Created: stamp(w.Created), Format: o.Format, Digest: o.Digest,
+		Size: o.SizeBytes, VirtualSize: o.VirtualSizeBytes, Created: stamp(w.Created), Format: o.Format, Digest: o.Digest, Error: o.Error,
 	}
 	maps.Copy(res.Parameters, w.Parameters)
 	var total catalog.Space

@@ -29,6 +29,7 @@ type ImageOn struct {
 	Image string `json:"image"`
 	Disk  string `json:"disk"`
 	State string `json:"state"`
+	Waits string `json:"waits"` // what is in the way of emptying its disk; "": nothing, or nobody asked
 }
 
 func (h *Handler) nodeWays() []way {
@@ -87,21 +88,28 @@ func (h *Handler) contents(ctx context.Context, nodes nodeSet, node string) (Nod
 		slices.Sort(ids)
 		for _, id := range ids {
 			if disk, ok := disks[id]; ok {
-				out.Images = append(out.Images, ImageOn{Image: name, Disk: disk, State: v.observed.Disks[id].State})
+				out.Images = append(out.Images, ImageOn{Image: name, Disk: disk, State: v.observed.Disks[id].State, Waits: inTheWay(nodes.observed[node].Disks[disk].Conditions)})
 			}
 		}
 	}
 	return out, nil
 }
 
+// inTheWay is why what is to be emptied is not.
+func inTheWay(conditions map[string]catalog.Condition) string {
+	if c := conditions[catalog.ConditionEvicting]; c.Status == catalog.ConditionFalse {
+		return c.Message
+	}
+	return ""
+}
+
 // waits says what a volume's copy waits for before it can leave its place: a volume is moved while nobody uses it (docs/decisions/0017).
 func (v *volumeView) waits() string {
-	evicting, asked := v.observed.Conditions[catalog.ConditionEvicting]
-	switch {
+	switch why := inTheWay(v.observed.Conditions); {
 	case v.wanted.Deleted != nil:
 		return ""
-	case asked && evicting.Status == catalog.ConditionFalse && evicting.Message != "":
-		return evicting.Message
+	case why != "":
+		return why
 	case len(v.wanted.Tickets) > 0:
 		return "it is attached to node " + v.wanted.Tickets[0].Node + "; it moves when it is detached"
 	}

@@ -458,6 +458,39 @@ func TestOverview(t *testing.T) {
 	})
 }
 
+// TestContents: what a node has, and what its copies wait for.
+func TestContents(t *testing.T) {
+	inCluster(t, Config{}, func(x *fixture) {
+		x.placed("db1", "n2", "n1")
+		x.placed("db2", "n2", "")
+		x.placed("db3", "n1", "n2")
+		x.copied("debian", 1, "n1", "n2")
+		_, _, err := catalog.Update(t.Context(), x.mem, catalog.VolumeKey(catalog.Observed, "db2"), func(o *catalog.VolumeObserved) error {
+			o.Conditions = map[string]catalog.Condition{catalog.ConditionEvicting: {Status: catalog.ConditionFalse, Message: "no room"}}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _, err = catalog.Update(t.Context(), x.mem, catalog.NodeKey(catalog.Observed, "n2"), func(o *catalog.NodeObserved) error {
+			o.Disks["default"].Conditions[catalog.ConditionEvicting] = catalog.Condition{Status: catalog.ConditionFalse, Message: "debian stays"}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := get[NodeContents](x, "/v1/nodes/n2/contents")
+		if !slices.Equal(c.Attached, []string{"db3"}) || len(c.Copies) != 2 || c.Copies[0].Volume != "db1" || !strings.Contains(c.Copies[0].Waits, "attached to node n1") ||
+			c.Copies[1].Waits != "no room" || c.Copies[1].Disk != "default" || !slices.Equal(c.Images, []ImageOn{{Image: "debian", Disk: "default", State: "ready", Waits: "debian stays"}}) {
+			t.Errorf("%+v", c)
+		}
+		if c := get[NodeContents](x, "/v1/nodes/n3/contents"); len(c.Attached)+len(c.Copies)+len(c.Images) != 0 {
+			t.Errorf("%+v", c)
+		}
+		x.refused(CodeNotFound, "GET", "/v1/nodes/n9/contents", "")
+	})
+}
+
 // TestReadyInACluster: a node that the others take for dead is not ready, nor one whose data process does not answer.
 func TestReadyInACluster(t *testing.T) {
 	e := &awayExtra{}

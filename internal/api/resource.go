@@ -187,6 +187,7 @@ type BackingImage struct {
 	Created           string              `json:"created"`           // ours
 	Format            string              `json:"format"`            // ours: raw, qcow2
 	Digest            string              `json:"digest"`            // ours: of the content
+	Error             string              `json:"error"`             // ours: why no disk can take it
 	Space             Space               `json:"space"`             // ours: of all copies
 }
 

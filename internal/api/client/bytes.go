@@ -36,6 +36,9 @@ func (c *Client) UploadImage(ctx context.Context, name string, u Upload) (api.Ba
 				return true, nil // pending, or something that the node says better than we could
 			}
 		}
+		if i.Error != "" {
+			return false, api.Failure(api.CodeConflict, "no disk can take it: %s", i.Error)
+		}
 		return false, nil
 	})
 	if err != nil {
