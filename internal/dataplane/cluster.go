@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -103,6 +104,9 @@ func (p *Process) SetCluster(ctx context.Context, a client.Cluster) error {
 	defer cancel()
 	p.cluster.setting.Lock()
 	defer p.cluster.setting.Unlock()
+	if sameCluster(p.servedCluster(), a) {
+		return nil
+	}
 	if err := p.setCluster(ctx, a); err != nil {
 		return forWire(fmt.Errorf("set cluster: %w", err))
 	}
@@ -157,6 +161,13 @@ func (p *Process) setCluster(ctx context.Context, a client.Cluster) error {
 		p.serveCluster(ln, a)
 	}
 	return nil
+}
+
+// sameCluster tells whether a and b are the same, and are one.
+func sameCluster(a, b client.Cluster) bool {
+	peers := slices.Equal(a.Peers, b.Peers)
+	a.Peers, b.Peers = nil, nil
+	return peers && !isZeroCluster(a) && reflect.DeepEqual(a, b)
 }
 
 // isZeroCluster tells of the Cluster that ends it.

@@ -248,8 +248,10 @@ func TestSetCluster(t *testing.T) {
 	defer taken.Close()
 	refused("a port that is taken", client.CodeInUse, func(a *client.Cluster) { a.Listen = taken.Addr().String() })
 
-	for range 2 { // idempotent
-		w.tell(0, c)
+	w.tell(0, c)
+	rev := b.state(c).Rev
+	if w.tell(0, c); b.state(c).Rev != rev {
+		t.Error("told again, and something changed")
 	}
 	same := func(got client.Cluster, when string) {
 		t.Helper()
@@ -524,6 +526,10 @@ func TestFencedByNode(t *testing.T) {
 	}
 	_, err := cs[1].OpenVolume(t.Context(), here)
 	wantCode(t, "open again under its guests", err, client.CodeFenced)
+	var answered errNBD
+	if _, err := g.read(0, 4096); !errors.As(err, &answered) {
+		t.Errorf("and then its guests' connections end: %v", err)
+	}
 	g2 := guest(t, w.beds[0].runDir, here.Volume)
 	if got, err := g2.read(0, 4096); err != nil || !bytes.Equal(got, page("first")) {
 		t.Errorf("reads %.20q, %v", got, err)

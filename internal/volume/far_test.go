@@ -22,10 +22,12 @@ type farCopy struct {
 	boot   string // "": the copy's own
 	lost   error  // what writes, flushes and confirmations are answered with
 	swap   func() // called by Fence, before it answers
+
+	writing, flushing chan struct{} // capacity 1: one waits
 }
 
 func newFarCopy(r replica.Replica) *farCopy {
-	return &farCopy{Replica: r, closed: make(chan struct{})}
+	return &farCopy{Replica: r, closed: make(chan struct{}), writing: make(chan struct{}, 1), flushing: make(chan struct{}, 1)}
 }
 
 func (c *farCopy) set(do func()) {
@@ -34,12 +36,16 @@ func (c *farCopy) set(do func()) {
 	do()
 }
 
-// answer waits while the copy is silent.
-func (c *farCopy) answer() error {
+// answer waits while the copy is silent, and says so on waiting.
+func (c *farCopy) answer(waiting chan<- struct{}) error {
 	c.mu.Lock()
 	silent, lost := c.silent, c.lost
 	c.mu.Unlock()
 	if silent != nil {
+		select {
+		case waiting <- struct{}{}:
+		default:
+		}
 		select {
 		case <-silent:
 		case <-c.closed:
@@ -55,7 +61,7 @@ func (c *farCopy) answer() error {
 
 // WriteAt implements block.Device.
 func (c *farCopy) WriteAt(p []byte, off int64) (int, error) {
-	if err := c.answer(); err != nil {
+	if err := c.answer(c.writing); err != nil {
 		return 0, err
 	}
 	return c.Replica.WriteAt(p, off)
@@ -63,7 +69,7 @@ func (c *farCopy) WriteAt(p []byte, off int64) (int, error) {
 
 // Flush implements block.Device.
 func (c *farCopy) Flush() error {
-	if err := c.answer(); err != nil {
+	if err := c.answer(c.flushing); err != nil {
 		return err
 	}
 	return c.Replica.Flush()
@@ -119,47 +125,57 @@ func far(c **farCopy) func(*volume.Config) {
 
 const otherBoot = "2f1c7d8e-0000-4000-8000-999999999999"
 
-// TestCloseOfSilentCopy: a close of a volume whose copy does not answer ends with its context, one that waits is ended by Abandon, and neither says that the copy failed.
+// TestCloseOfSilentCopy: a close of a volume whose copy does not answer ends with its context, one that waits is ended by Abandon, whether it waits for a guest's write or for its own flush; and none of that says that
+// the copy failed.
 func TestCloseOfSilentCopy(t *testing.T) {
-	for name, end := range map[string]func(g *rig) error{
-		"context": func(g *rig) error {
-			ctx, cancel := context.WithTimeout(g.ctx, 50*time.Millisecond)
-			defer cancel()
-			return g.v.Close(ctx)
-		},
-		"abandoned": func(g *rig) error { return errors.Join(g.v.Abandon(), g.v.Close(g.ctx)) },
-		"abandoned while it closes": func(g *rig) error {
-			done := make(chan error, 1)
-			go func() { done <- g.v.Close(g.ctx) }()
-			for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
-				if err := g.v.Abandon(); err != nil { // also before the other has begun
-					return err
-				}
-				select {
-				case <-done:
-					return nil
-				default:
-					runtimeYield()
-				}
+	byContext := func(g *rig, _ *farCopy) error {
+		ctx, cancel := context.WithTimeout(g.ctx, 50*time.Millisecond)
+		defer cancel()
+		return g.v.Close(ctx)
+	}
+	abandoned := func(g *rig, _ *farCopy) error { return errors.Join(g.v.Abandon(), g.v.Close(g.ctx)) }
+	inFlush := func(g *rig, c *farCopy) error {
+		done := make(chan error, 1)
+		go func() { done <- g.v.Close(g.ctx) }()
+		<-c.flushing
+		if err := g.v.Abandon(); err != nil {
+			return err
+		}
+		select {
+		case err := <-done:
+			if err == nil {
+				return errors.New("a flush that was not done is no error")
 			}
+			return nil
+		case <-time.After(10 * time.Second):
 			return errors.New("it hangs")
-		},
-	} {
+		}
+	}
+	for name, tc := range map[string]struct {
+		stuck bool // a guest's write waits
+		told  bool // the close says that it could not flush
+		end   func(*rig, *farCopy) error
+	}{"context, a write waits": {true, true, byContext}, "context, the flush waits": {false, true, byContext}, "abandoned": {true, false, abandoned}, "abandoned in its flush": {false, false, inFlush}} {
 		t.Run(name, func(t *testing.T) {
 			g := newRig(t, 1<<20, disk.MemOptions{})
 			var c *farCopy
 			g.open(far(&c))
 			g.fill(1, 0, 4096)
 			c.set(func() { c.silent = make(chan struct{}) })
-			stuck := make(chan error, 1)
-			go func() {
-				_, err := g.v.Device().WriteAt(make([]byte, 4096), 4096)
-				stuck <- err
-			}()
-			if err := end(g); name == "context" && err == nil {
-				t.Error("a flush that was not done is no error")
+			answer := make(chan error, 1)
+			if tc.stuck {
+				go func() {
+					_, err := g.v.Device().WriteAt(make([]byte, 4096), 4096)
+					answer <- err
+				}()
+				<-c.writing
+			} else {
+				answer <- block.ErrClosed
 			}
-			if err := <-stuck; err == nil {
+			if err := tc.end(g, c); (err != nil) != tc.told {
+				t.Errorf("it ended with %v", err)
+			}
+			if err := <-answer; err == nil {
 				t.Error("a write that was given up is acknowledged")
 			}
 			rec := g.record()
