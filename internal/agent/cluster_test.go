@@ -621,6 +621,49 @@ func TestFirstStartOfJoined(t *testing.T) {
 	})
 }
 
+// TestRemovedNode: a node of a cluster that has no record any more was removed, and does not make itself one.
+func TestRemovedNode(t *testing.T) {
+	withFleet(t, 2, func(f *fleet) {
+		n2 := f.nodes[1]
+		n2.stop()
+		for _, part := range []catalog.Part{catalog.Wanted, catalog.Observed} {
+			e, err := f.mem.Get(t.Context(), catalog.NodeKey(part, "n2"))
+			f.want("record", err == nil, err)
+			f.want("removed", f.mem.Delete(t.Context(), e.Key, e.Rev) == nil)
+		}
+		n2.start()
+		f.settle(time.Minute)
+		es, _, err := f.mem.List(t.Context(), catalog.KindNode)
+		f.want("not made again", err == nil && len(es) == 2, es)
+		f.want("no peer", len(f.nodes[0].host.cluster.Peers) == 0, f.nodes[0].host.cluster)
+	})
+}
+
+// TestShutdownServing: a node is shut down while another uses a replica on it: that one waits, and goes on when the node is started again.
+func TestShutdownServing(t *testing.T) {
+	withFleet(t, 2, func(f *fleet) {
+		n1, n2 := f.nodes[0], f.nodes[1]
+		v := f.volumeOn("a", n1)
+		f.on("a", n2)
+		f.settle(time.Second)
+		f.want("shut down", n1.agent.Shutdown(t.Context()) == nil)
+		f.settle(time.Second)
+		n1.stop()
+		n1.alive(false)
+		n2.host.connect(true) // its process sees that nobody answers
+		f.settle(10 * time.Second)
+		o := f.wantState("a", catalog.VolumeAttached, catalog.RobustnessUnknown)
+		f.want("waits", n2.has(v.ID) && !n2.host.writes(v.ID) && strings.Contains(o.Error, "n1"), o)
+		n1.start()
+		n1.alive(true)
+		f.settle(time.Second)
+		n2.host.connect(true)
+		f.settle(time.Second)
+		f.want("goes on", n2.host.writes(v.ID))
+		f.wantState("a", catalog.VolumeAttached, catalog.RobustnessHealthy)
+	})
+}
+
 // TestFleetHistory: whatever is asked for while nodes vanish and come back, no two nodes write, and in the end everything is as wanted.
 func TestFleetHistory(t *testing.T) {
 	runs := 6

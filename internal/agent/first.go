@@ -49,6 +49,13 @@ func (a *Agent) makeFirst(ctx context.Context) error {
 		// The record was made when the node joined. One that is gone was removed, and must not come back by itself.
 		return a.firstDisks(ctx)
 	}
+	if a.cfg.Cluster != nil { // its record was made when it joined; if there is none it was removed, and must not come back by itself
+		if err := a.firstDisks(ctx); !errors.Is(err, catalog.ErrNotFound) {
+			return err
+		}
+		a.cfg.Log.Warn("the cluster has no record of this node: it was removed")
+		return nil
+	}
 	n := catalog.NodeWanted{Name: a.cfg.Node, AllowScheduling: true, Disks: maps.Clone(a.cfg.Disks)}
 	if n.Disks == nil {
 		n.Disks = map[string]catalog.DiskWanted{}
