@@ -469,10 +469,52 @@ func TestFarVolume(t *testing.T) {
 	g = guest(t, w.beds[1].runDir, a.Volume)
 	read(0, "two")
 	read(31*mib, "far end")
-	salvage := a
+}
+
+// TestFarFailedFlush: a flush that fails on the replica's node is a failure for the guest, and stays one, until a person salvages where the replica is.
+func TestFarFailedFlush(t *testing.T) {
+	t.Parallel()
+	w := newTown(t, 2, newBed)
+	mem := w.beds[1].onMem(disk.MemOptions{Seed: 1})
+	cs := w.ready()
+	a := w.farVolume(cs[1], 1, 1, 0)
+	w.beds[0].open(cs[0], a)
+	g := guest(t, w.beds[0].runDir, a.Volume)
+	if err := errors.Join(g.write(0, page("safe")), g.flush(), g.write(4096, page("lost"))); err != nil {
+		t.Fatal(err)
+	}
+	mem.FailSync("replicas/*/*.layer", 1)
+	for _, err := range []error{g.flush(), g.flush(), g.write(8192, page("more"))} {
+		if !errors.Is(err, errnoIO) {
+			t.Errorf("the guest was told %v, want EIO", err)
+		}
+	}
+	mem.ClearFaults()
+	if st, _ := status(t, cs[0], a.VolumeID); st.State != stateFailed || st.Code != client.CodeFailed {
+		t.Errorf("state %s, code %s", st.State, st.Code)
+	}
+	if err := cs[0].CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Fatal(err)
+	}
+	salvage, here := a, a
 	salvage.Salvage = true
-	_, err = near.OpenVolume(t.Context(), salvage)
-	wantCode(t, "salvage from afar", err, client.CodeInvalid)
+	here.Node, here.ReplicaNode = "node2", ""
+	for what, b := range map[string]client.OpenVolume{"as ever": a, "with salvage, from afar": salvage} {
+		_, err := cs[0].OpenVolume(t.Context(), b)
+		wantCode(t, "opened "+what, err, client.CodeSalvage)
+	}
+	_, err := cs[1].OpenVolume(t.Context(), here)
+	wantCode(t, "opened where the replica is", err, client.CodeSalvage)
+	here.Salvage = true
+	w.beds[1].open(cs[1], here)
+	if err := cs[1].CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Fatal(err)
+	}
+	w.beds[0].open(cs[0], salvage)
+	g = guest(t, w.beds[0].runDir, a.Volume)
+	if got, err := g.read(0, 4096); err != nil || !bytes.Equal(got, page("safe")) {
+		t.Errorf("reads %.20q, %v", got, err)
+	}
 }
 
 // TestFarConformance: what an NBD client sees of a volume whose replica is another node's is a Device like any other. The nodes speak without certificates, as they may on loopback.

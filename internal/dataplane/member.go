@@ -9,6 +9,7 @@ import (
 
 	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
+	"ashlar/internal/layer"
 	"ashlar/internal/replica"
 	"ashlar/internal/replica/remote"
 	"ashlar/internal/volume"
@@ -62,6 +63,19 @@ func (p *Process) reach(ctx context.Context, s *slot, a client.OpenVolume) (*mem
 		defer cancel()
 		far, err := remote.Open(ctx, remote.Config{ReplicaID: a.ReplicaID, VolumeID: a.VolumeID, Dial: p.cluster.dial(a.ReplicaNode), Beat: p.cfg.far.beat, Silence: p.cfg.far.silence,
 			Codes: farCodes(), Log: p.log})
+		if err == nil && a.Salvage {
+			// Only the process that opens its files can go on with what is left of them; once it did, the decision holds for everybody.
+			var st replica.Status
+			if st, err = far.Status(ctx); err == nil && st.Failed != "" {
+				err = fmt.Errorf("%s: %w", st.Failed, layer.ErrSalvage)
+			}
+			if err != nil {
+				err = errors.Join(err, far.Close())
+			}
+		}
+		if errors.Is(err, layer.ErrSalvage) {
+			err = fmt.Errorf("attach the volume once on that node, with salvage: %w", err)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("replica %s on node %s: %w", a.ReplicaID, a.ReplicaNode, err)
 		}

@@ -101,8 +101,6 @@ func checkOpen(a client.OpenVolume) error {
 		return fmt.Errorf("volume %.40q, replica %.40q, disk %.40q, node %.40q: %w: ids are 32 hex digits", a.VolumeID, a.ReplicaID, a.DiskID, a.Node, client.ErrInvalid)
 	case a.ReplicaNode != "" && checkName(a.ReplicaNode) != nil:
 		return fmt.Errorf("node %.40q: %w: not a node's name", a.ReplicaNode, client.ErrInvalid)
-	case isFar(a) && a.Salvage:
-		return fmt.Errorf("%w: salvage is decided where the replica is: attach the volume once on node %s with it", client.ErrInvalid, a.ReplicaNode)
 	case a.Frontend != "" && a.Frontend != frontendNBD && a.Frontend != frontendBlockdev:
 		return fmt.Errorf("frontend %.40q: %w: this build has %q and %q", a.Frontend, client.ErrInvalid, frontendNBD, frontendBlockdev)
 	}

@@ -27,7 +27,7 @@ type Service interface {
 	CreateReplica(ctx context.Context, a CreateReplica) error
 	// DeleteReplica removes a replica for good. ErrInUse while it is open.
 	DeleteReplica(ctx context.Context, a DeleteReplica) error
-	// OpenVolume makes this process the volume's writer and exports it. ErrNotFound, ErrSalvage, ErrFenced, ErrStaleCatalogue, ErrUnreachable (of the catalogue),
+	// OpenVolume makes this process the volume's writer and exports it. ErrNotFound, ErrSalvage, ErrFenced, ErrStaleCatalogue, ErrUnreachable (of the catalogue, or of the replica's node),
 	// ErrExists (open with other arguments).
 	OpenVolume(ctx context.Context, a OpenVolume) (VolumeStatus, error)
 	// CloseVolume ends the export, waits for requests under way, flushes and gives the writer up. Content when it is not open. An error of the last flush

@@ -102,7 +102,8 @@ type OpenVolume struct {
 	// ReplicaNode is the node that has the replica; "" or Node: this one. Another's is reached through the Cluster's peers.
 	ReplicaNode string `json:"replicaNode,omitempty"`
 	Frontend    string `json:"frontend"` // "nbd", "blockdev", or "" for none
-	Salvage     bool   `json:"salvage,omitempty"`
+	// Salvage opens a replica on which a flush failed: a person's decision. Of another node's replica it has to be carried out there first, by opening the volume once on that node (CodeSalvage until then).
+	Salvage bool `json:"salvage,omitempty"`
 	// Limits hold from the first request on. They do not count when it is asked whether the volume is open with the same arguments: SetLimits changes them.
 	Limits Limits `json:"limits,omitzero"`
 }
