@@ -119,7 +119,7 @@ func listenHost(host string) string {
 // The waits between tries to open the catalogue, and of the whole node when its own member cannot run.
 const (
 	openRetry   = 2 * time.Second
-	memberRetry = time.Minute
+	memberRetry = 5 * time.Minute
 )
 
 // openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked.
@@ -455,7 +455,20 @@ func (m membership) nothingHere(ctx context.Context) error {
 }
 
 // Readdress implements api.Cluster.
-func (m membership) Readdress(_ context.Context, address string) error {
+func (m membership) Readdress(ctx context.Context, address string) error {
+	host, _, err := cluster.ParseAddress(address)
+	if err != nil {
+		return said(err)
+	}
+	// The node is about to listen there: with an address that is yet to come it would not come up again.
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, "0"))
+	if err != nil {
+		return said(fmt.Errorf("%w: %s is not this machine's (yet): %w; stop serve, give the machine its address, and say this before serve is started again", cluster.ErrAddress, host, err))
+	}
+	if err := l.Close(); err != nil {
+		return err
+	}
 	return m.anew(cluster.Readdress(m.n.dir(), address))
 }
 

@@ -215,6 +215,7 @@ func (c *crowd) leaderKilled() {
 // readdressed gives two nodes the other name of loopback: one whose serve runs, and one whose does not.
 func (c *crowd) readdressed() {
 	port := func(i int) string { return c.Host(i)[strings.LastIndex(c.Host(i), ":")+1:] }
+	c.refused(2, exitRefused, "not this machine's", "cluster", "readdress", "--address", "192.0.2.1")
 	c.do(2, "cluster", "readdress", "--address", "localhost:"+port(2))
 	c.kill(3)
 	c.do(3, "cluster", "readdress", "--address", "localhost:"+port(3), "--data-dir", c.Nodes[3].DataDir)

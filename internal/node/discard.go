@@ -43,7 +43,8 @@ func (n *Node) discard(ctx context.Context) error {
 	return n.dir().Save(*n.state)
 }
 
-// endData ends the data process, if there is one, and its holder. What it would take up again are only disks.
+// endData ends the data process, if there is one, and its holder, and waits for both: who comes to a holder that is about to end would believe that all is to stay stopped. What they
+// would take up again are only disks.
 func (n *Node) endData(ctx context.Context) error {
 	hello, cancel := context.WithTimeout(ctx, helloTimeout)
 	data, err := n.findData(hello)
@@ -53,11 +54,32 @@ func (n *Node) endData(ctx context.Context) error {
 	} else if errors.Is(err, fs.ErrNotExist) || errors.Is(err, client.ErrUnreachable) {
 		err = nil
 	}
+	for _, lock := range []string{filepath.Join(client.DataDir(n.cfg.RunDir), "run.lock"), filepath.Join(n.cfg.RunDir, "hold.lock")} {
+		if err == nil {
+			err = released(ctx, lock)
+		}
+	}
 	if err != nil {
 		return err
 	}
 	if err := os.Remove(filepath.Join(client.DataDir(n.cfg.RunDir), "open.json")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
+	}
+	return nil
+}
+
+// released waits until nobody holds a lock.
+func released(ctx context.Context, name string) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := flock(ctx, f); err != nil {
+		return fmt.Errorf("%s is still held: %w", name, err)
 	}
 	return nil
 }
