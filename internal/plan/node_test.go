@@ -127,6 +127,14 @@ func TestVolumeOnNode(t *testing.T) {
 		{"to be made and attached", func(s *scene) *scene { return s.want(ticket).epoch(0) }, "create-replica", creating, ""},
 		{"made", func(s *scene) *scene { return s.want().epoch(0).replica() }, "", detached, ""},
 		{"written to, and gone", func(s *scene) *scene { return s.want(ticket).epoch(1) }, "", faulted, "not on disk"},
+		{"copied here, and not yet seen", func(s *scene) *scene {
+			s.in.Found.Jobs = []plan.FoundJob{{ID: "rep-v", Copy: true, State: plan.JobRunning}}
+			return s.want().epoch(1)
+		}, "", detached, ""},
+		{"copied here, wanted, and not yet seen", func(s *scene) *scene {
+			s.in.Busy["replica/rep-v"] = true
+			return s.want(ticket).epoch(1)
+		}, "", attaching, ""},
 		{"its disk is away", func(s *scene) *scene { s.in.Found.Disks = nil; return s.want(ticket).epoch(1) }, "adopt-disk", attaching, "cannot be used"},
 		{"something on its disk is damaged", func(s *scene) *scene { s.in.Found.Disks[0].Error = "rot"; return s.want(ticket).epoch(1).replica() }, "open-volume(nbd)", attaching, ""},
 		{"image not there", func(s *scene) *scene { return s.want(fromImage).epoch(0) }, "", creating, ""},

@@ -57,7 +57,7 @@ func volumeState(p *planner, h *here, was string) string {
 		return catalog.VolumeAttached // it is there, and returns errors
 	case h.lost(), h.open && needsPerson(h.found.Code), p.refused(h):
 		return catalog.VolumeDetached
-	case !h.there && h.diskOK || !h.member.Is():
+	case !h.there && h.diskOK && !(h.arrived && h.member.Value.Epoch > 0) || !h.member.Is():
 		return catalog.VolumeCreating
 	case h.ticketed():
 		return catalog.VolumeAttaching

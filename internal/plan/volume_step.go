@@ -77,6 +77,7 @@ type here struct {
 	disk    FoundDisk
 	replica FoundReplica
 	there   bool // the replica is on its disk
+	arrived bool // it has taken another's place, and our look at the disk is older than that
 
 	found FoundVolume
 	open  bool // the data process has the volume, in whatever state
@@ -160,6 +161,7 @@ func (p *planner) lookAt(vol Volume, o catalog.VolumeObserved) *here {
 		if r := p.found.replicas[[2]string{h.place.DiskID, h.place.ReplicaID}]; r != nil {
 			h.replica, h.there = *r, true
 		}
+		h.arrived = !h.there && (p.found.copies[h.place.ReplicaID] != nil || p.in.Busy[replicaKey(h.place.ReplicaID)])
 	} else {
 		p.lookThere(h, o)
 	}
@@ -254,7 +256,7 @@ func (h *here) may() bool {
 
 // lost tells whether the replica is not where it was, although something was written to it. It is never made again: an empty one would read as zeroes.
 func (h *here) lost() bool {
-	return h.diskOK && !h.there && h.member.Is() && h.member.Value.Epoch > 0
+	return h.diskOK && !h.there && !h.arrived && h.member.Is() && h.member.Value.Epoch > 0
 }
 
 func (h *here) openAction() OpenVolume {
