@@ -1051,3 +1051,41 @@ func TestSuccessorFlushes(t *testing.T) {
 		t.Error("the successor serves what is not flushed")
 	}
 }
+
+// TestHandOverWhileAway: a data process is replaced although the node of a volume's replica does not answer: the successor has the volume, says why it waits, and serves it when that node is back.
+func TestHandOverWhileAway(t *testing.T) {
+	t.Parallel()
+	w := newTown(t, 2, newBed)
+	x := w.through(0, 1)
+	cs := []*client.Client{nil, w.beds[1].ready()}
+	w.tell(1, cs[1])
+	old := w.beds[0].startSide("1.0")
+	cs[0] = w.beds[0].clientOf("1.0")
+	w.tell(0, cs[0])
+	a := w.farVolume(cs[1], 1, 1, 0)
+	w.beds[0].open(cs[0], a)
+	g := &patientGuest{t: t, socket: filepath.Join(w.beds[0].runDir, "nbd", a.Volume+".sock"), name: a.Volume}
+	defer g.close()
+	if err := g.do(nbdWrite, 0, page("before")); err != nil {
+		t.Fatal(err)
+	}
+	x.cut()
+	eventually(t, "it is away", func() bool { st, _ := status(t, cs[0], a.VolumeID); return st.Away != "" })
+	w.beds[0].succeedSide("1.1")
+	if err := old.end(t); err != nil {
+		t.Fatalf("the giver ended with %v", err)
+	}
+	cs[0] = w.beds[0].answers("1.1")
+	eventually(t, "the successor waits for the node", func() bool {
+		st, _ := status(t, cs[0], a.VolumeID)
+		return st.State == stateOpening && st.Away != ""
+	})
+	x.mend()
+	p := make([]byte, 4096)
+	if err := g.do(nbdRead, 0, p); err != nil || !bytes.Equal(p, page("before")) {
+		t.Errorf("reads %.20q, %v", p, err)
+	}
+	if st, _ := status(t, cs[0], a.VolumeID); st.Epoch != 1 || st.Session < 2 {
+		t.Errorf("epoch %d, session %d", st.Epoch, st.Session)
+	}
+}
