@@ -163,10 +163,23 @@ func (w *world) has(i int) bool {
 
 func (w *world) count(what string) { w.deeds[what]++ }
 
-// settle makes everything whole, and wants the volume to be attached where it is wanted.
+// settle makes everything whole but one node, which neither has the copy nor is wanted, and whose agent is dead; and wants the volume to be attached where it is wanted.
 func (w *world) settle(node int) {
 	w.Net.Heal()
+	v, _, _ := catalog.Read[catalog.VolumeWanted](w.Context(), w.Mem, catalog.VolumeKey(catalog.Wanted, volume1))
+	dead := -1
+	for i, m := range w.Machines {
+		if i != node && len(v.Replicas) > 0 && v.Replicas[0].Node != m.Name && w.rng.IntN(3) > 0 {
+			dead = i
+		}
+	}
 	for i := range w.Machines {
+		if i == dead {
+			w.count("left dead")
+			w.SetAway(i, true)
+			w.StopServe(i)
+			continue
+		}
 		w.SetAway(i, false)
 		if err := w.StartServe(i); err != nil {
 			w.Error(err)
