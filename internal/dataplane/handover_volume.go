@@ -209,9 +209,14 @@ func (p *Process) takeLater(s *slot, v *passedVolume, why error) replica.Writer 
 	e.Open.Salvage = false
 	s.change(func(s *slot) { s.err = why })
 	p.wg.Go(func() {
-		if s.take(p.life) == nil {
-			p.reopenSlot(s, e)
+		if s.take(p.life) != nil {
+			return
 		}
+		if _, state, _ := s.look(); state != stateOpening { // given back, or closed
+			s.give()
+			return
+		}
+		p.reopenSlot(s, e)
 	})
 	return replica.Writer{Epoch: e.Epoch, Session: e.Session}
 }

@@ -36,7 +36,7 @@ type openReplica struct {
 	rep    *local.Replica // nil: not open
 	disk   *diskDir
 	users  int
-	barred bool // to other nodes
+	barred int // how many want other nodes kept out
 }
 
 // heldReplica is one user's hold on an open replica.
@@ -147,7 +147,7 @@ func (t *openReplicas) isBarred(id string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	o := t.byID[id]
-	return o != nil && o.barred
+	return o != nil && o.barred > 0
 }
 
 // on returns the ids of the replicas of a disk that are open.
@@ -165,14 +165,14 @@ func (t *openReplicas) on(d *diskDir) (ids []string) {
 // bar lets no other node open a replica until the returned function is called, and takes it from those that have it.
 func (p *Process) bar(id string) (unbar func()) {
 	o := p.open.entry(id)
-	set := func(to bool) {
+	count := func(n int) {
 		p.open.mu.Lock()
 		defer p.open.mu.Unlock()
-		o.barred = to
+		o.barred += n
 	}
-	set(true)
+	count(1)
 	p.cluster.drop(id)
-	return func() { set(false); p.open.leave(id, o) }
+	return func() { count(-1); p.open.leave(id, o) }
 }
 
 // seize waits until nobody has a replica open and lets nobody open it until free is called. Other nodes lose it; client.ErrInUse while a volume has it open here.
