@@ -20,6 +20,7 @@ import (
 	"ashlar/internal/catalog/etcd"
 	"ashlar/internal/cluster"
 	"ashlar/internal/identity"
+	"ashlar/internal/plan"
 )
 
 // This file is what a node is in its cluster: where it finds the catalogue, what it shows other nodes, and how it becomes another than it is.
@@ -276,7 +277,8 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 	}))
 }
 
-// hold keeps the record that says that this node lives.
+// hold keeps the record that says that this node lives. A node that is built anew lets its lease run on for that time, or every change of what it is would look like a death to the others: then the
+// catalogue is closed under it, which gives nothing back.
 func (n *Node) hold(ctx context.Context, c catalog.Catalog) error {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -286,15 +288,29 @@ func (n *Node) hold(ctx context.Context, c catalog.Catalog) error {
 	if n.state != nil {
 		alive.NodeID = n.state.NodeID
 	}
+	held, end := context.WithCancel(context.WithoutCancel(ctx))
+	context.AfterFunc(ctx, func() {
+		if !errors.Is(context.Cause(ctx), ErrRestart) {
+			end()
+		}
+	})
 	for {
 		alive.Since = time.Now().UTC()
 		value, err := json.Marshal(alive)
 		if err != nil {
 			return err
 		}
-		err = c.Hold(ctx, catalog.Holding{Key: catalog.AliveKey(n.cfg.Name), Value: value, TTL: catalog.AliveTTL}, func(catalog.Rev) {})
-		if ctx.Err() != nil {
+		ended := make(chan error, 1)
+		n.leases.Go(func() {
+			ended <- c.Hold(held, catalog.Holding{Key: catalog.AliveKey(n.cfg.Name), Value: value, TTL: catalog.AliveTTL}, func(catalog.Rev) {})
+		})
+		select {
+		case <-ctx.Done():
+			if !errors.Is(context.Cause(ctx), ErrRestart) {
+				<-ended // it gives the lease back
+			}
 			return context.Cause(ctx)
+		case err = <-ended:
 		}
 		n.cfg.Log.Debug("this node is not recorded as alive; trying again", "error", err)
 		if !wait(ctx, holdRetry) {
@@ -499,4 +515,32 @@ func Readdress(ctx context.Context, cfg Config, address string) (err error) {
 		return err
 	}
 	return cluster.Readdress(n.dir(), address)
+}
+
+// errNoRoom: what is to leave has nowhere to go.
+var errNoRoom = errors.New("what lies there has nowhere to go")
+
+// canEvict asks plan, with the records as they are now, whether all that lies on a node's disk would find another place.
+func canEvict(cat catalog.Catalog) func(ctx context.Context, node, disk string) error {
+	return func(ctx context.Context, node, disk string) error {
+		entries, _, err := cat.List(ctx, "")
+		if err != nil {
+			return err
+		}
+		view := plan.NewView()
+		for _, e := range entries {
+			if err := view.Apply(catalog.Event{Entry: e}); err != nil {
+				return err
+			}
+		}
+		why := plan.RefuseEviction(view, plan.Emptying{Node: node, Disk: disk, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}})
+		const most = 5
+		if more := len(why) - most; more > 0 {
+			why = append(why[:most], fmt.Sprintf("and %d more", more))
+		}
+		if len(why) > 0 {
+			return fmt.Errorf("%w: %s", errNoRoom, strings.Join(why, "; "))
+		}
+		return nil
+	}
 }

@@ -102,6 +102,7 @@ type Node struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	loops  sync.WaitGroup
+	leases sync.WaitGroup // end with loops, or when the catalogue is closed
 	keeper *hold.Keeper
 
 	state  *cluster.State             // who it is in its cluster; nil: a cluster of one that listens nowhere
@@ -161,7 +162,7 @@ func (n *Node) build(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open the catalogue: %w", err)
 	}
-	n.undo = append(n.undo, cat.Close)
+	n.undo = append(n.undo, func() error { n.leases.Wait(); return nil }, cat.Close)
 	ag, err := agent.New(agent.Config{
 		Node: n.cfg.Name, Address: n.address(), Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
 		Disks:   map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
@@ -201,7 +202,7 @@ func (n *Node) handler(cat catalog.Catalog, ag *agent.Agent) *api.Handler {
 	}
 	return api.New(api.Config{
 		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log,
-		Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf,
+		Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf, CanEvict: canEvict(cat),
 	})
 }
 
