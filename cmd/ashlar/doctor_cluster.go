@@ -33,14 +33,14 @@ func (a *app) lookAtCertificates() []finding {
 		return nil
 	}
 	var out []finding
-	for _, name := range []string{"ca.crt", "node.crt"} {
+	for _, name := range []string{"ca.crt", "node.pem"} {
 		file, short := filepath.Join(dir, name), certificateShort
 		if name == "ca.crt" {
 			short = authorityShort
 		}
 		cert, err := readCertificate(file)
 		switch {
-		case errors.Is(err, fs.ErrNotExist) && name == "node.crt":
+		case errors.Is(err, fs.ErrNotExist) && name == "node.pem":
 		case errors.Is(err, fs.ErrPermission):
 			out = append(out, note(fmt.Sprintf("the certificate %s cannot be read", file), "sudo ashlar doctor"))
 		case err != nil:
@@ -57,11 +57,12 @@ func readCertificate(file string) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	block, _ := pem.Decode(data)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, errors.New("holds no certificate in PEM")
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) { // a node's key comes first
+		if block.Type == "CERTIFICATE" {
+			return x509.ParseCertificate(block.Bytes)
+		}
 	}
-	return x509.ParseCertificate(block.Bytes)
+	return nil, errors.New("holds no certificate in PEM")
 }
 
 // judgeCertificate compares a certificate's end with the clock.
@@ -72,7 +73,7 @@ func judgeCertificate(file string, cert *x509.Certificate, now time.Time, short 
 	case now.Before(cert.NotBefore):
 		return problem(fmt.Sprintf("the certificate %s is good from %s only: this machine's clock is behind", file, cert.NotBefore.Local().Format("2006-01-02 15:04")), "set the clock; run a time service")
 	case left <= 0:
-		return problem(fmt.Sprintf("the certificate %s ended on %s: no other node speaks to this one", file, until), "see `ashlar node --help` and the runbook on certificates (docs/operate)")
+		return problem(fmt.Sprintf("the certificate %s ended on %s: no other node speaks to this one", file, until), "the runbook on certificates: docs/operate/cluster.md")
 	case left < short:
 		return problem(fmt.Sprintf("the certificate %s ends on %s, and should have been renewed by now", file, until), "journalctl -u ashlar says why it was not: does the node reach the others?")
 	}
@@ -140,14 +141,14 @@ func lookAtMembers(nodes []api.Node) []finding {
 		case n.Member == "learner" || n.Member == "":
 			out = append(out, note("node "+n.Name+" is becoming a member of the catalogue", "look again in a minute"))
 		default:
-			out = append(out, problem(fmt.Sprintf("the member of the catalogue on node %s failed: %s", n.Name, n.Member), "the runbook on a lost etcd member (docs/operate)"))
+			out = append(out, problem(fmt.Sprintf("the member of the catalogue on node %s failed: %s", n.Name, n.Member), "the runbook on a lost member of the catalogue: docs/operate/cluster.md"))
 		}
 	}
 	spare := healthy - (voters/2 + 1)
 	switch {
 	case voters == 0: // an etcd from elsewhere
 	case spare < 0:
-		out = append(out, problem(fmt.Sprintf("only %d of %d members of the catalogue vote: nothing can be changed", healthy, voters), "the runbook on a lost majority (docs/operate)"))
+		out = append(out, problem(fmt.Sprintf("only %d of %d members of the catalogue vote: nothing can be changed", healthy, voters), "the runbook on a lost majority: docs/operate/cluster.md"))
 	case spare == 0 && voters > 2:
 		out = append(out, problem(fmt.Sprintf("%d of %d members of the catalogue vote: if one more fails, nothing can be changed until it is back", healthy, voters), "bring the others back, or replace them"))
 	case voters == 2:

@@ -36,7 +36,7 @@ func TestCertificates(t *testing.T) {
 		"none":        {0, 0, levelProblem, "no certificate in PEM"},
 	} {
 		dir := t.TempDir()
-		file := filepath.Join(dir, "cluster", "node.crt")
+		file := filepath.Join(dir, "cluster", "node.pem")
 		text := []byte("nothing")
 		if c.to != 0 {
 			tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.Add(c.from), NotAfter: now.Add(c.to)}
@@ -44,7 +44,7 @@ func TestCertificates(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			text = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+			text = append([]byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
 		}
 		if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
 			t.Fatal(err)
