@@ -177,50 +177,6 @@ func TestGivenUp(t *testing.T) {
 	}
 }
 
-// TestRefuseRemoval: why a node cannot be removed.
-func TestRefuseRemoval(t *testing.T) {
-	voter := func(f ...func(*catalog.NodeWanted, *catalog.NodeObserved)) func(*catalog.NodeWanted, *catalog.NodeObserved) {
-		return func(w *catalog.NodeWanted, o *catalog.NodeObserved) {
-			voting(w, o)
-			for _, f := range f {
-				f(w, o)
-			}
-		}
-	}
-	for _, c := range []struct {
-		name  string
-		build func(*picture)
-		lost  bool
-		want  string // "": it can
-	}{
-		{"no such node", func(*picture) {}, false, "there is no node n1"},
-		{"the last", func(p *picture) { p.node("n1") }, false, "it is the last node"},
-		{"the last, by force", func(p *picture) { p.node("n1", silent) }, true, "it is the last node"},
-		{"the last that stays", func(p *picture) { p.node("n1").node("n2", removed) }, false, "it is the last node"},
-		{"empty", func(p *picture) { p.node("n1").node("n2") }, false, ""},
-		{"a copy", func(p *picture) { resting(p.node("n1").node("n2")) }, false, "1 volumes have a copy there: v"},
-		{"a ticket", func(p *picture) { resting(p.node("n1").node("n2"), ticket) }, false, "1 volumes are to be attached there: v"},
-		{"an image", func(p *picture) { imageAt(p.node("n1").node("n2"), "n1-d:ready") }, false, "1 images have a copy there: i"},
-		{"a copy, dead, by force", func(p *picture) { resting(p.node("n1", silent).node("n2")) }, true, ""},
-		{"a copy, up, by force", func(p *picture) { resting(p.node("n1").node("n2")) }, true, "it is up"},
-		{"the only voter", func(p *picture) { p.node("n1", voting).node("n2") }, false, "it is the only node that keeps the catalogue"},
-		{"the only voter, by force", func(p *picture) { p.node("n1", voter(silent)).node("n2") }, true, "it is the only node that keeps the catalogue"},
-		{"one of three", func(p *picture) { p.node("n1", voting).node("n2", voting).node("n3", voting) }, false, ""},
-		{"one of three, dead", func(p *picture) { p.node("n1", voter(silent)).node("n2", voting).node("n3", voting) }, true, ""},
-		{"one of three, another dead", func(p *picture) { p.node("n1", voting).node("n2", voter(silent)).node("n3", voting) }, false, ""},
-		{"one of three, dead, another too", func(p *picture) { p.node("n1", voter(silent)).node("n2", voter(silent)).node("n3", voting) }, true, "it is one of 3 nodes that keep the catalogue, and only 1 of the others are up"},
-		{"one of two, dead", func(p *picture) { p.node("n1", voter(silent)).node("n2", voting) }, true, "one of 2 nodes"},
-		{"one of two", func(p *picture) { p.node("n1", voting).node("n2", voting) }, false, ""},
-	} {
-		p := newPicture(t)
-		c.build(p)
-		why := strings.Join(plan.RefuseRemoval(p.v, plan.Removal{Node: "n1", Lost: c.lost}), "; ")
-		if !strings.Contains(why, c.want) || (why == "") != (c.want == "") {
-			t.Errorf("%s: %q, want %q", c.name, why, c.want)
-		}
-	}
-}
-
 // TestLiveness: that a node is silent, and heard again, is said once each, and counted; of nodes in no cluster, or removed, nothing is said; that one is down is not forgotten after a day.
 func TestLiveness(t *testing.T) {
 	p := newPicture(t).node("n1").node("n2", silent)

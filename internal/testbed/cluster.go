@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -88,15 +89,19 @@ func (c *Cluster) Add(ctx context.Context) (*Process, error) {
 // nodePorts are how many ports in a row a node of a cluster has (docs/formats/cluster.md, section 2).
 const nodePorts = 4
 
+// The ports that nodes of a loopback cluster get: below those that the kernel gives to whoever connects somewhere (ip(7), ip_local_port_range), or a node that comes back could find one of its own taken.
+const (
+	firstPort = 11000
+	lastPort  = 31000
+)
+
 // freeRow finds n ports in a row that nobody listens on now.
 func freeRow(n int) (int, error) {
 	for range 100 {
-		first, err := freePort()
-		if err != nil {
-			return 0, err
-		}
+		first := firstPort + rand.IntN(lastPort-firstPort)
 		var row []net.Listener
-		for port := first; port < first+n && port < 1<<16; port++ {
+		var err error
+		for port := first; port < first+n; port++ {
 			l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port))
 			if err != nil {
 				break
