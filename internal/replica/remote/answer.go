@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"ashlar/internal/block"
@@ -39,7 +38,7 @@ func (s *Server) answer(w http.ResponseWriter, req *http.Request) {
 		http.Error(w, "malformed", http.StatusBadRequest)
 		return
 	}
-	out := newSpeaker(w, s.cfg.Beat)
+	out := newSpeaker(w, s.cfg)
 	defer out.stop()
 	a, err := s.carryOut(req.Context(), verb, q, out.progress)
 	if errors.Is(err, errQuestion) {
@@ -195,9 +194,9 @@ func (s *Server) source(ctx context.Context, q question) (answer, error) {
 
 // speaker writes an answer, and meanwhile, every beat, that there will be one.
 type speaker struct {
-	beat time.Duration
+	beat, patience time.Duration
 
-	mu    sync.Mutex // guards the rest
+	turn  chan struct{} // capacity 1, holds a token of whoever writes, which may take the patience; guards the rest
 	w     http.ResponseWriter
 	enc   *json.Encoder
 	timer *time.Timer
@@ -205,20 +204,20 @@ type speaker struct {
 	done  bool
 }
 
-func newSpeaker(w http.ResponseWriter, beat time.Duration) *speaker {
+func newSpeaker(w http.ResponseWriter, cfg ServerConfig) *speaker {
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	p := &speaker{beat: beat, w: w, enc: json.NewEncoder(w)}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.timer = time.AfterFunc(beat, func() { p.line(answerLine{}) })
+	p := &speaker{beat: cfg.Beat, patience: cfg.Patience, turn: make(chan struct{}, 1), w: w, enc: json.NewEncoder(w)}
+	p.turn <- struct{}{}
+	defer func() { <-p.turn }()
+	p.timer = time.AfterFunc(p.beat, func() { p.line(answerLine{}) })
 	return p
 }
 
 // progress says how far the verb is, not too often.
 func (p *speaker) progress(done, total int64) {
-	p.mu.Lock()
+	p.turn <- struct{}{}
 	often := time.Since(p.said) < progressEvery && done < total
-	p.mu.Unlock()
+	<-p.turn
 	if !often {
 		p.line(answerLine{Done: done, Total: total})
 	}
@@ -226,31 +225,38 @@ func (p *speaker) progress(done, total int64) {
 
 // line says one line. That it cannot be sent, the request's context says.
 func (p *speaker) line(l answerLine) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.turn <- struct{}{}
+	defer func() { <-p.turn }()
 	if p.done {
 		return
 	}
 	p.said = time.Now()
 	p.timer.Reset(p.beat)
+	p.hurry()
 	if p.enc.Encode(l) == nil {
 		_ = http.NewResponseController(p.w).Flush()
 	}
 }
 
+// hurry bounds how long a peer that takes nothing can keep a verb, and with it the replica; the token is held. A connection without deadlines is bounded by the kernel.
+func (p *speaker) hurry() {
+	_ = http.NewResponseController(p.w).SetWriteDeadline(time.Now().Add(p.patience))
+}
+
 // stop says nothing any more.
 func (p *speaker) stop() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.turn <- struct{}{}
+	defer func() { <-p.turn }()
 	p.done = true
 	p.timer.Stop()
 }
 
 // answer says the last line.
 func (p *speaker) answer(a answer) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.turn <- struct{}{}
+	defer func() { <-p.turn }()
 	p.done = true
 	p.timer.Stop()
+	p.hurry()
 	_ = p.enc.Encode(answerLine{Answer: &a})
 }

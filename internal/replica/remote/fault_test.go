@@ -503,6 +503,110 @@ func TestOldCopyOfAWrite(t *testing.T) {
 	}
 }
 
+// SetSnapshot implements replica.Replica.
+func (h held) SetSnapshot(ctx context.Context, w replica.Writer, id replica.LayerID, m replica.SnapshotMeta) error {
+	h.hold()
+	return h.Replica.SetSnapshot(ctx, w, id, m)
+}
+
+// TestOldCopyOfAVerb: a verb that hangs at the peer, and whose connection alone falls silent, is said again; the old copy, which goes on after a later verb, changes nothing any more.
+func TestOldCopyOfAVerb(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		f := newFar(t, testHead, testSize)
+		stuck, let := make(chan struct{}), make(chan struct{})
+		var armed atomic.Bool
+		f.wrap = func(r replica.Replica) replica.Replica {
+			return held{r, func() {
+				if armed.CompareAndSwap(true, false) {
+					close(stuck)
+					<-let
+				}
+			}}
+		}
+		w := replica.Writer{Epoch: 1, Session: 1}
+		r := f.writer(t, w)
+		c := replica.Change{Verb: replica.VerbSnapshot, Chain: replica.Chain{Generation: 2, SizeBytes: testSize, Layers: []replica.LayerID{"00000000000000000000000000000002", testHead}},
+			Snapshot: &replica.SnapshotMeta{Name: "one"}}
+		if err := r.Change(t.Context(), w, c); err != nil {
+			t.Fatal(err)
+		}
+		armed.Store(true)
+		done := make(chan error, 1)
+		go func() {
+			done <- r.SetSnapshot(context.Background(), w, testHead, replica.SnapshotMeta{Name: "one", Labels: map[string]string{"n": "1"}})
+		}()
+		<-stuck
+		f.net.each(func(p *pipe) { p.swallowIf(preambleVerbs) })
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if err := r.SetSnapshot(t.Context(), w, testHead, replica.SnapshotMeta{Name: "one", Labels: map[string]string{"n": "2"}}); err != nil {
+			t.Fatal(err)
+		}
+		close(let)
+		pass(time.Second)
+		st, err := r.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range st.Layers {
+			if l.ID == testHead && l.Snapshot.Labels["n"] != "2" {
+				t.Errorf("the snapshot has %+v, want what was said last", l.Snapshot)
+			}
+		}
+		_ = r.Close()
+		f.net.cut()
+	})
+}
+
+// TestFenceOnce: a number lets in one connection, the first that comes with it, and the refusal tells the newest.
+func TestFenceOnce(t *testing.T) {
+	f := newFar(t, testHead, testSize)
+	talk := newTalker(f.config().defaults())
+	defer talk.close()
+	low, _ := onWire(replica.Writer{Epoch: 1, Session: 1}, 4)
+	wire, _ := onWire(replica.Writer{Epoch: 1, Session: 1}, 5)
+	if _, err := talk.ask(t.Context(), "fence", question{Replica: testReplica, Writer: &wire}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []replica.Writer{wire, low} {
+		a, err := talk.ask(t.Context(), "fence", question{Replica: testReplica, Writer: &w}, nil)
+		if !errors.Is(err, block.ErrFenced) || a.Failure == nil || a.Failure.Held == nil || *a.Failure.Held != wire {
+			t.Errorf("fence with %+v: %v, %+v", w, err, a.Failure)
+		}
+	}
+	if _, err := talk.ask(t.Context(), "confirm", question{Replica: testReplica, Writer: &wire}, nil); err != nil {
+		t.Errorf("the one that was let in: %v", err)
+	}
+}
+
+// TestUnflushed: only a flush that began when no write was under way covers those before it.
+func TestUnflushed(t *testing.T) {
+	var u unflushed
+	if u.dirty() {
+		t.Error("dirty at first")
+	}
+	u.begin()
+	early := u.mark() // a write is under way
+	u.end()
+	late := u.mark()
+	u.begin()
+	u.clean(early)
+	if !u.dirty() {
+		t.Error("clean after a flush that began before the write had returned")
+	}
+	u.clean(late)
+	if !u.dirty() {
+		t.Error("clean although a write began after the flush")
+	}
+	u.end()
+	u.clean(u.mark())
+	u.clean(early) // one that was slow
+	if u.dirty() {
+		t.Error("dirty after a flush of everything")
+	}
+}
+
 // TestSharing: a replica is opened once for all connections, stays open while somebody may come back, and is released then; Drop takes it from everybody at once.
 func TestSharing(t *testing.T) {
 	bubble(t, func(t *testing.T) {

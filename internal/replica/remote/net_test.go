@@ -131,7 +131,8 @@ type pipe struct {
 	passed int64
 	fate   fate
 	hole   bool
-	err    error // after a cut
+	kind   string // the first thing that was written
+	err    error  // after a cut
 }
 
 // side is one end of a pipe.
@@ -167,9 +168,15 @@ func (p *pipe) endLocked(err error) {
 	p.cond.Broadcast()
 }
 
-func (p *pipe) swallow() {
+func (p *pipe) swallow() { p.swallowIf("") }
+
+// swallowIf makes the connection a black hole if it is of a kind.
+func (p *pipe) swallowIf(kind string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if kind != "" && p.kind != kind {
+		return
+	}
 	p.hole = true
 	p.cond.Broadcast()
 }
@@ -228,6 +235,9 @@ func (s *side) Write(b []byte) (done int, err error) {
 	p := s.p
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.kind == "" {
+		p.kind = string(b)
+	}
 	for done < len(b) {
 		switch {
 		case s.closed:

@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,6 +32,8 @@ import (
 	"ashlar/internal/replica"
 	"ashlar/internal/replica/local"
 	"ashlar/internal/replica/replicatest"
+
+	"golang.org/x/sys/unix"
 )
 
 const speedSize = 1 << 30
@@ -238,33 +241,146 @@ func fio(t testing.TB, uri string, l speedLoad, seconds string) float64 {
 	return rep.Jobs[0].Read.IOPS + rep.Jobs[0].Write.IOPS
 }
 
-// TestSpeed prints a table of a volume of one copy on another node, used through a unix socket as a guest does, against qemu-nbd over TCP; both on loopback and with their files in memory. Ours makes two hops.
+// rate returns how often a second a load is done on a device, by as many goroutines as its depth.
+func rate(t testing.TB, d block.Device, l speedLoad, length time.Duration) float64 {
+	t.Helper()
+	depth, size := 1, int64(4096)
+	if l.bs == "1M" {
+		size = 1 << 20
+	}
+	_, _ = fmt.Sscan(l.depth, &depth)
+	var done atomic.Int64
+	var wg sync.WaitGroup
+	start := time.Now()
+	for lane := range depth {
+		wg.Go(func() {
+			p := make([]byte, size)
+			var err error
+			for i := uint64(lane); err == nil && time.Since(start) < length; i += uint64(depth) {
+				off := int64(i*2654435761%(512<<20)) / size * size
+				if strings.Contains(l.rw, "write") {
+					_, err = d.WriteAt(p, off)
+				} else {
+					_, err = d.ReadAt(p, off)
+				}
+				done.Add(1)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	return float64(done.Load()) / time.Since(start).Seconds()
+}
+
+// TestSpeed prints two tables against qemu-nbd over TCP, both on loopback and with their files in memory. Direct: a Replica, and the same kind of Client on qemu-nbd, under the same load, with and without
+// TLS. As a guest: fio through a unix socket, and then to the other node, against fio straight to qemu-nbd, which is a hop less.
 func TestSpeed(t *testing.T) {
-	rounds, seconds := 1, "1"
+	rounds, length, loads := 1, 200*time.Millisecond, speedLoads[2:4] // that it runs at all
 	if os.Getenv("ASHLAR_BENCH") != "" {
-		rounds, seconds = 3, "3"
+		rounds, length, loads = 5, 2*time.Second, speedLoads
+	}
+	say := func(table string, l speedLoad, a, b []float64) {
+		slices.Sort(a)
+		slices.Sort(b)
+		t.Logf("%-12s %-22s ashlar %8.0f/s  qemu-nbd %8.0f/s  %.2f x", table, l.name, a[len(a)/2], b[len(b)/2], a[len(a)/2]/b[len(b)/2])
 	}
 	for _, encrypted := range []bool{false, true} {
-		dir := scratch(t)
+		dir, table, creds := scratch(t), "direct", ""
 		var server, client *tls.Config
-		creds := ""
 		if encrypted {
-			creds = dir
+			table, creds = "direct, TLS", dir
 			server, client = certificates(t, dir)
 		}
-		ours := exported(t, dir, realClient(t, dir, server, client))
-		theirs := qemuTCP(t, dir, creds)
-		for _, uri := range []string{ours, theirs} {
-			fio(t, uri, speedLoad{"fill", "write", "1M", "4"}, "2")
+		ours, uri := realClient(t, dir, server, client), qemuTCP(t, dir, creds)
+		plainURI, _, _ := strings.Cut(uri, "?")
+		theirs, err := nbd.Dial(t.Context(), plainURI, nbd.ClientOptions{TLS: client})
+		if err != nil {
+			t.Fatal(err)
 		}
-		for _, l := range speedLoads {
+		defer theirs.Close()
+		for _, d := range []block.Device{ours, theirs} {
+			for p, at := make([]byte, 1<<20), int64(0); at < 512<<20; at += 1 << 20 {
+				p[0] = byte(at >> 20)
+				if _, err := d.WriteAt(p, at); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for _, l := range loads {
 			var a, b []float64
 			for range rounds {
-				a, b = append(a, fio(t, ours, l, seconds)), append(b, fio(t, theirs, l, seconds))
+				a, b = append(a, rate(t, ours, l, length)), append(b, rate(t, theirs, l, length))
 			}
-			slices.Sort(a)
-			slices.Sort(b)
-			t.Logf("TLS %-5t %-22s ashlar %8.0f/s  qemu-nbd %8.0f/s  %.2f x", encrypted, l.name, a[len(a)/2], b[len(b)/2], a[len(a)/2]/b[len(b)/2])
+			say(table, l, a, b)
+		}
+		if encrypted {
+			continue // fio's NBD engine cannot be told where certificates are
+		}
+		guest := exported(t, dir, ours)
+		for _, l := range loads {
+			var a, b []float64
+			for range rounds {
+				a, b = append(a, fio(t, guest, l, "1")), append(b, fio(t, uri, l, "1"))
+			}
+			say("as a guest", l, a, b)
 		}
 	}
+}
+
+// BenchmarkRemote is the replica itself: no export, no engine.
+func BenchmarkRemote(b *testing.B) {
+	for _, encrypted := range []bool{false, true} {
+		dir := scratch(b)
+		var server, client *tls.Config
+		if encrypted {
+			server, client = certificates(b, dir)
+		}
+		r := realClient(b, dir, server, client)
+		fill := make([]byte, 1<<20)
+		for at := int64(0); at < 64<<20; at += 1 << 20 {
+			if _, err := r.WriteAt(fill, at); err != nil {
+				b.Fatal(err)
+			}
+		}
+		for _, l := range []struct {
+			name  string
+			size  int64
+			depth int
+			write bool
+		}{{"read4K/1", 4096, 1, false}, {"write4K/1", 4096, 1, true}, {"read4K/32", 4096, 32, false}, {"write4K/32", 4096, 32, true}, {"read1M/4", 1 << 20, 4, false}, {"write1M/4", 1 << 20, 4, true}} {
+			b.Run(fmt.Sprintf("tls=%t/%s", encrypted, l.name), func(b *testing.B) {
+				b.SetBytes(l.size)
+				var wg sync.WaitGroup
+				before := cpu()
+				for d := range l.depth {
+					wg.Go(func() {
+						p := make([]byte, l.size)
+						var err error
+						for i := d; i < b.N && err == nil; i += l.depth {
+							off := int64(uint64(i)*2654435761%uint64(64<<20)) / l.size * l.size
+							if l.write {
+								_, err = r.WriteAt(p, off)
+							} else {
+								_, err = r.ReadAt(p, off)
+							}
+						}
+						if err != nil {
+							b.Error(err)
+						}
+					})
+				}
+				wg.Wait()
+				b.ReportMetric(float64((cpu()-before).Microseconds())/float64(b.N), "cpu-us/op")
+			})
+		}
+	}
+}
+
+// cpu is what this process has used.
+func cpu() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
