@@ -138,12 +138,9 @@ func (k *Keeper) step(ctx context.Context) error {
 	switch {
 	case wanted && !k.state.Voter:
 		return k.become(ctx)
-	case wanted && i >= 0 && members[i].Learner && k.cfg.Running():
+	case wanted && k.cfg.Running() && (i < 0 || members[i].Learner): // nameless until the others know that it has started
 		k.cfg.Log.Info("this node's member of the catalogue gets its vote when it has caught up")
-		if err := k.cfg.Etcd.Promote(ctx, k.state.Name); err != nil {
-			return err
-		}
-		k.cfg.Log.Info("this node is a voter")
+		return k.promote(ctx)
 	case !wanted && k.state.Voter:
 		return k.resign(ctx)
 	}
@@ -187,6 +184,22 @@ func (k *Keeper) become(ctx context.Context) error {
 		return err
 	}
 	return fmt.Errorf("it becomes a voter: %w", ErrRestart)
+}
+
+// promoteLimit bounds one wait for a learner to catch up: what the records want meanwhile may be something else.
+const promoteLimit = 20 * time.Second
+
+// promote gets this node's member its vote, as soon as it has caught up. The event is for people, and has every agent look again.
+func (k *Keeper) promote(ctx context.Context) error {
+	short, cancel := context.WithTimeout(ctx, promoteLimit)
+	defer cancel()
+	if err := k.cfg.Etcd.Promote(short, k.state.Name); err != nil {
+		return err
+	}
+	k.cfg.Log.Info("this node is a voter")
+	return catalog.Note(ctx, k.cfg.Catalog, catalog.EventRecord{
+		Time: k.cfg.Now().UTC(), Type: catalog.Normal, Kind: catalog.KindNode, Name: k.state.Name, Reason: "Voter", Message: "its member of the catalogue votes",
+	})
 }
 
 // resign ends this node's membership: the others forget its member, and the next start removes what it has of it.

@@ -132,6 +132,7 @@ func (n *Node) openLate(ctx context.Context, l *late) error {
 		s, err := etcd.Open(ctx, options)
 		if err == nil {
 			n.cfg.Log.Info("the catalogue answers")
+			n.store.Store(s) // before l.set lets go of who asks how the member is
 			if err := l.set(s); err != nil {
 				return err
 			}
@@ -193,7 +194,6 @@ type memberNote struct {
 func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
 	note := n.member.Load()
 	failed := note != nil && note.failed
-	n.store.Store(s)
 	if !failed {
 		if ended := s.MemberFailed(); ended != nil {
 			select {
@@ -203,6 +203,10 @@ func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
 			}
 			state, err := s.MemberState()
 			n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", err)
+			// For people, and for every agent to look again. That it cannot be recorded is in the log already.
+			_ = catalog.Note(ctx, s, catalog.EventRecord{
+				Time: time.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
+			})
 			failed = true
 		}
 	}
