@@ -589,12 +589,12 @@ func TestUnflushed(t *testing.T) {
 	u.begin()
 	early := u.mark() // a write is under way
 	u.end()
-	late := u.mark()
-	u.begin()
 	u.clean(early)
 	if !u.dirty() {
 		t.Error("clean after a flush that began before the write had returned")
 	}
+	late := u.mark()
+	u.begin()
 	u.clean(late)
 	if !u.dirty() {
 		t.Error("clean although a write began after the flush")
