@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -16,12 +17,11 @@ import (
 
 // Recover rebuilds the catalogue of a node from the layers on its disks, or brings an old one up to what they prove; agent.Recover says how. `ashlar
 // serve` must not run on the data directory (ErrInUse); the data process may, with guests on it, and is left as it was found. disks are
-// directories; the node's first disk is called default again. Without a Name the node is called what the records on the disks call it, else otherwise.
+// directories; the node's first disk is called default again. Without a Name the node is called what it is called in its cluster, else what the records on the disks call it, else otherwise.
 func Recover(ctx context.Context, cfg Config, disks []string, otherwise string) (rep agent.Recovered, err error) {
+	cfg.Name = cmp.Or(cfg.Name, nameIn(cfg.DataDir))
 	guessed := cfg.Name == ""
-	if guessed {
-		cfg.Name = otherwise
-	}
+	cfg.Name = cmp.Or(cfg.Name, otherwise)
 	if err := cfg.check(); err != nil {
 		return rep, err
 	}

@@ -51,6 +51,15 @@ func offline(ctx context.Context, cfg *Config) (*Node, error) {
 	return n, nil
 }
 
+// nameIn is what the node with a data directory is called in its cluster; "" if it is in none, or that cannot be read now.
+func nameIn(dataDir string) string {
+	s, err := cluster.Dir(dirOf(dataDir)).Load()
+	if err != nil {
+		return ""
+	}
+	return s.Name
+}
+
 // openFirst opens an empty catalogue: in a cluster, of which this node's member is the first.
 func (n *Node) openFirst(ctx context.Context) (*etcd.Store, error) {
 	if err := n.loadCluster(); err != nil {

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,9 +15,7 @@ import (
 // more. The restored catalogue may be older than the disks: each volume then refuses to open, with
 // client.ErrStaleCatalogue, until Recover continued above what its disks know. catalog.ErrNotEmpty, catalog.ErrBackup, catalog.ErrNewer: nothing was changed.
 func Restore(ctx context.Context, cfg Config, backup io.Reader) (done catalog.Backed, err error) {
-	if cfg.Name == "" {
-		cfg.Name = "restore" // it is not asked for
-	}
+	cfg.Name = cmp.Or(cfg.Name, nameIn(cfg.DataDir), "restore") // outside a cluster it is not asked for
 	if err := cfg.check(); err != nil {
 		return done, err
 	}
