@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"syscall"
 	"time"
 
 	"ashlar/internal/testbed"
@@ -57,7 +58,7 @@ func main() {
 	flag.DurationVar(&b.soakFor, "soak", 10*time.Minute, "how long the section soak runs, which only -only picks")
 	only := flag.String("only", "", "run only the sections whose name matches")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := b.run(ctx, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -83,6 +84,7 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 	defer func() { err = errors.Join(err, b.node.Stop(context.WithoutCancel(ctx))) }()
 	sections := []section{{name: "idle", run: b.idle}, {name: "create", run: b.create}, {name: "cache", run: b.cache}, {name: "direct", run: b.direct}, {name: "flush", run: b.flush},
 		{name: "snapshot", run: b.snapshot}, {name: "depth", run: b.depth}, {name: "memory", run: b.memory}, {name: "image", run: b.images}, {name: "scale", run: b.scale},
+		{name: "remote", run: b.remote}, {name: "cluster", run: b.cluster},
 		{name: "soak", run: b.soak, long: true}}
 	for _, s := range sections {
 		if !pick.MatchString(s.name) || s.long && only == "" {
