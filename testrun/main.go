@@ -2,7 +2,7 @@
 // test` and continuous integration call.
 //
 // The stages: lint (gofmt, vet, staticcheck, govulncheck), unit (every package with the race detector), steps (the random histories again, longer), integration (real
-// clients, real processes, root), fuzz (50,000 inputs for every fuzz target). `-stages a,b` picks some; one more, mutants (breakages that must turn tests red), runs only when it is
+// clients, real processes, root), fuzz (20,000 inputs for every fuzz target). `-stages a,b` picks some; one more, mutants (breakages that must turn tests red), runs only when it is
 // picked, because it takes as long as all the others.
 package main
 
@@ -56,7 +56,7 @@ type stage struct {
 func main() {
 	pick := flag.String("stages", "lint,unit,steps,integration,fuzz", "which stages to run")
 	ashlar := flag.String("ashlar", "bin/ashlar", "the built program, for the integration tests")
-	fuzzRuns := flag.Int("fuzz", 50_000, "how many inputs each fuzz target gets")
+	fuzzRuns := flag.Int("fuzz", 20_000, "how many inputs each fuzz target gets")
 	flag.Parse()
 	abs, err := filepath.Abs(*ashlar)
 	if err != nil {
