@@ -105,6 +105,8 @@ func (a *app) diskTable(nodes map[string]api.Node) {
 // diskState is a disk's in a word.
 func diskState(d api.Disk) string {
 	switch {
+	case d.Lost:
+		return "given up"
 	case d.Conditions["Ready"].Reason == "NodeDown":
 		return "down"
 	case d.Conditions["Ready"].Status != "True":
@@ -310,23 +312,66 @@ func (a *app) evictDisk(cmd *cobra.Command, c *client.Client, at diskPlace, arg 
 
 func (a *app) diskRemove() *cobra.Command {
 	var at diskPlace
+	var o client.RemoveOptions
 	cmd := &cobra.Command{
 		Use: "remove NODE/DISK", Aliases: []string{"rm"}, Short: "Take an empty disk away from its node",
-		Long: "Remove takes a disk away that takes no copies and has none; its directory stays as it is.", Example: "  ashlar disk evict n1/hdd && ashlar disk remove n1/hdd", Args: cobra.ExactArgs(1),
+		Long: `Remove takes a disk away that takes no copies and has none; its directory stays as it is. With --force a disk that cannot be read any more is given up with what it has: copies of
+images are forgotten, and **volumes whose only copy it had are lost**. They are faulted until you delete them, and the disk is listed as given up until then.`,
+		Example: "  ashlar disk evict n1/hdd && ashlar disk remove n1/hdd\n  ashlar disk remove n1/hdd --force   # it died", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withNode(func(c *client.Client) error {
 				node, name, err := at.find(cmd.Context(), cmd, c, args[0])
 				if err != nil {
 					return err
 				}
-				if _, err := c.RemoveDisk(cmd.Context(), node, name); err != nil {
+				if o.Force {
+					return a.giveUpDisk(cmd.Context(), c, node, name)
+				}
+				if _, err := c.RemoveDisk(cmd.Context(), node, name, o); err != nil {
 					return err
 				}
 				return a.print(deleted{[]string{node + "/" + name}}, func() { a.say("disk %s/%s: removed", node, name) })
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&o.Force, "force", false, "also one that cannot be read and has something: that is given up")
 	return at.flag(cmd)
+}
+
+// givenUp is what was lost with a disk, as -o json shows it.
+type givenUp struct {
+	Disk    string   `json:"givenUp"` // NODE/DISK
+	Volumes []string `json:"volumes"` // that had a copy there
+	Images  []string `json:"images"`  // that had a copy there
+}
+
+// giveUpDisk gives a disk up, and says what was on it.
+func (a *app) giveUpDisk(ctx context.Context, c *client.Client, node, disk string) error {
+	has, err := c.NodeContents(ctx, node)
+	if err != nil {
+		return err
+	}
+	if _, err := c.RemoveDisk(ctx, node, disk, client.RemoveOptions{Force: true}); err != nil {
+		return err
+	}
+	lost := givenUp{Disk: node + "/" + disk, Volumes: []string{}, Images: []string{}}
+	has = onDisk(has, disk)
+	for _, v := range has.Copies {
+		lost.Volumes = append(lost.Volumes, v.Volume)
+	}
+	for _, i := range has.Images {
+		lost.Images = append(lost.Images, i.Image)
+	}
+	lost.Volumes, lost.Images = slices.Compact(lost.Volumes), slices.Compact(lost.Images)
+	return a.print(lost, func() {
+		a.say("disk %s: given up", lost.Disk)
+		if len(lost.Volumes) > 0 {
+			a.say("Its copies of volumes are lost: %s. Those that had no other are faulted; `ashlar volume delete` forgets them, and then the disk is forgotten.", few(lost.Volumes))
+		}
+		if len(lost.Images) > 0 {
+			a.say("Its copies of images are lost: %s.", few(lost.Images))
+		}
+	})
 }
 
 // selectorFlags let a volume or an image ask for tags.

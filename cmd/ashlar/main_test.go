@@ -75,6 +75,14 @@ func TestScripts(t *testing.T) {
 			"cluster": func(ts *testscript.TestScript, _ bool, _ []string) {
 				ts.Check(threeNodes(ts.Value("records").(*catalog.Mem)))
 			},
+			// breakdisk NODE DISK: the node says that it cannot use the disk.
+			"breakdisk": func(ts *testscript.TestScript, _ bool, args []string) {
+				_, _, err := catalog.Update(context.Background(), ts.Value("records").(*catalog.Mem), catalog.NodeKey(catalog.Observed, args[0]), func(o *catalog.NodeObserved) error {
+					o.Disks[args[1]].Conditions[catalog.ConditionReady] = catalog.Condition{Status: catalog.ConditionFalse, Message: "input/output error"}
+					return nil
+				})
+				ts.Check(err)
+			},
 			// exits CODE COMMAND…: the command must end with this exit code.
 			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
 				if neg || len(args) < 2 {

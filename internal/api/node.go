@@ -164,7 +164,7 @@ func schedulable(n Node) Condition {
 
 func (h *Handler) disk(w catalog.DiskWanted, o catalog.DiskObserved) Disk {
 	d := Disk{
-		Path: w.Path, DiskType: "filesystem", DiskUUID: o.DiskID, AllowScheduling: w.AllowScheduling, EvictionRequested: w.EvictionRequested,
+		Path: w.Path, Lost: w.Lost, DiskType: "filesystem", DiskUUID: o.DiskID, AllowScheduling: w.AllowScheduling, EvictionRequested: w.EvictionRequested,
 		Tags: tags(w.Tags), StorageReserved: w.StorageReservedBytes, StorageAvailable: o.FreeBytes, StorageMaximum: o.TotalBytes,
 		StorageScheduled: o.ScheduledBytes, Conditions: conditions(o.Conditions), ScheduledReplica: map[string]int64{}, ScheduledBackingImage: map[string]int64{},
 	}
@@ -391,14 +391,18 @@ func (h *Handler) diskChange(c *call) (any, error) {
 }
 
 type diskRemoveInput struct {
-	Disk string `json:"disk"` // its name
+	Disk  string `json:"disk"`  // its name
+	Force bool   `json:"force"` // also one that cannot be read and has something: that is given up
 }
 
-// diskRemove is ours: it takes one disk away that takes no copies and has none.
+// diskRemove is ours: it takes one disk away that takes no copies and has none; with force one that is lost for good.
 func (h *Handler) diskRemove(c *call) (any, error) {
 	var in diskRemoveInput
 	if err := c.body(&in); err != nil {
 		return nil, err
+	}
+	if in.Force {
+		return h.diskGiveUp(c, in.Disk)
 	}
 	return h.changeDisks(c, func(disks map[string]diskInput) (map[string]diskInput, error) {
 		if _, ok := disks[in.Disk]; !ok {
@@ -458,7 +462,7 @@ func (h *Handler) heldDisks(ctx context.Context) (map[string]held, error) {
 	for _, v := range volumes.wanted {
 		for _, r := range slices.Concat(v.Replicas, v.Dropped) {
 			on := out[r.DiskID]
-			on.replicas++
+			on.replicas, on.volumes = on.replicas+1, append(on.volumes, v.Name)
 			out[r.DiskID] = on
 		}
 	}
@@ -469,7 +473,7 @@ func (h *Handler) heldDisks(ctx context.Context) (map[string]held, error) {
 	for name, w := range images.wanted {
 		for _, disk := range newImageView(w, images.observed[name]).onDisks() {
 			on := out[disk]
-			on.images++
+			on.images = append(on.images, name)
 			out[disk] = on
 		}
 	}
@@ -477,7 +481,10 @@ func (h *Handler) heldDisks(ctx context.Context) (map[string]held, error) {
 }
 
 // held is how much the records have on a disk.
-type held struct{ replicas, images int }
+type held struct {
+	replicas        int
+	volumes, images []string // their names
+}
 
 // replaceDisks is the rule of diskUpdate, on the record.
 func replaceDisks(w *catalog.NodeWanted, o catalog.NodeObserved, on map[string]held, in map[string]diskInput) error {
@@ -493,7 +500,9 @@ func replaceDisks(w *catalog.NodeWanted, o catalog.NodeObserved, on map[string]h
 		switch {
 		case !path.IsAbs(d.Path) || path.Clean(d.Path) != d.Path || len(d.Path) > 4096:
 			return Failure(CodeInvalid, "%s: path %s must be absolute and without \"..\"", what, quote(d.Path))
-		case paths[d.Path] != "":
+		case existed && was.Lost && (d.AllowScheduling || d.EvictionRequested):
+			return Failure(CodeConflict, "%s was given up: nothing is placed there, and nothing leaves it; if it can be read again add it under another name", what)
+		case paths[d.Path] != "" && !was.Lost:
 			return Failure(CodeInvalid, "%s and disk %s have the same path", what, paths[d.Path])
 		case existed && was.Path != d.Path:
 			return Failure(CodeInvalid, "%s: its path %s cannot be changed; remove the disk and add another", what, was.Path)
@@ -507,9 +516,11 @@ func replaceDisks(w *catalog.NodeWanted, o catalog.NodeObserved, on map[string]h
 		if err := checkTags(what, d.Tags); err != nil {
 			return err
 		}
-		paths[d.Path] = name
+		if !was.Lost { // in its place there may be another
+			paths[d.Path] = name
+		}
 		next[name] = catalog.DiskWanted{
-			Path: d.Path, AllowScheduling: d.AllowScheduling, EvictionRequested: d.EvictionRequested, StorageReservedBytes: d.StorageReserved, Tags: tags(d.Tags),
+			Path: d.Path, Lost: was.Lost, AllowScheduling: d.AllowScheduling, EvictionRequested: d.EvictionRequested, StorageReservedBytes: d.StorageReserved, Tags: tags(d.Tags),
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(w.Disks)) {
@@ -520,9 +531,9 @@ func replaceDisks(w *catalog.NodeWanted, o catalog.NodeObserved, on map[string]h
 			return Failure(CodeConflict, "node %s: disk %s still takes new copies; set its allowScheduling to false before removing it", w.Name, name)
 		}
 		d := o.Disks[name]
-		replicas, images := max(len(d.Replicas), on[d.DiskID].replicas), max(len(d.Images), on[d.DiskID].images)
+		replicas, images := max(len(d.Replicas), on[d.DiskID].replicas), max(len(d.Images), len(on[d.DiskID].images))
 		if d.DiskID != "" && replicas+images > 0 || d.ScheduledBytes != 0 {
-			return Failure(CodeInUse, "node %s: disk %s still holds %d replicas and %d images; evict it first (`ashlar disk evict %s/%s`)", w.Name, name, replicas, images, w.Name, name)
+			return Failure(CodeInUse, "node %s: disk %s still holds %d replicas and %d images; evict it first (`ashlar disk evict %s/%s`)%s", w.Name, name, replicas, images, w.Name, name, orForce(w, o, name, on[d.DiskID]))
 		}
 	}
 	w.Disks = next

@@ -388,6 +388,53 @@ func TestRemoveDisk(t *testing.T) {
 	})
 }
 
+// TestGiveUpDisk: by force a disk is given up that its node cannot use, and no other; the refusal without force says what would be lost.
+func TestGiveUpDisk(t *testing.T) {
+	inCluster(t, Config{}, func(x *fixture) {
+		const remove = "/v1/nodes/n2?action=diskRemove"
+		force := `{"disk":"default","force":true}`
+		ready := func(node, status string) {
+			_, _, err := catalog.Update(t.Context(), x.mem, catalog.NodeKey(catalog.Observed, node), func(o *catalog.NodeObserved) error {
+				o.Disks["default"].Conditions[catalog.ConditionReady] = catalog.Condition{Status: status, Message: "rot"}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		x.placed("db1", "n2", "")
+		x.copied("debian", 1, "n2")
+		x.refused(CodeConflict, "POST", remove, force, "can be read", "ashlar disk evict n2/default")
+		x.refused(CodeNotFound, "POST", remove, `{"disk":"other","force":true}`)
+		ready("n4", catalog.ConditionFalse)
+		x.refused(CodeConflict, "POST", "/v1/nodes/n4?action=diskRemove", force, "node n4 is down")
+		ready("n4", catalog.ConditionTrue)
+		ready("n2", catalog.ConditionUnknown)
+		x.refused(CodeConflict, "POST", remove, force, "not said yet")
+		ready("n2", catalog.ConditionTrue)
+		ready("n2", catalog.ConditionFalse)
+		x.refused(CodeConflict, "POST", remove, `{"disk":"default"}`, "still takes new copies")
+		x.want(200, "POST", "/v1/nodes/n2?action=diskChange", `{"disk":"default","allowScheduling":false}`)
+		x.refused(CodeInUse, "POST", remove, `{"disk":"default"}`, "`ashlar disk remove n2/default --force` gives up the copies of volumes db1 and the copies of images debian")
+		if get[Node](x, "/v1/nodes/n2").Disks["default"].Lost {
+			t.Fatal("given up by a refusal")
+		}
+		for range 2 { // asking again is no error
+			x.want(200, "POST", remove, force)
+		}
+		if d := get[Node](x, "/v1/nodes/n2").Disks["default"]; !d.Lost || d.AllowScheduling || d.EvictionRequested {
+			t.Errorf("%+v", d)
+		}
+		x.refused(CodeConflict, "POST", "/v1/nodes/n2?action=diskChange", `{"disk":"default","allowScheduling":true}`, "was given up")
+		x.refused(CodeInUse, "POST", remove, `{"disk":"default"}`, "it was given up, and goes when", "db1")
+		x.want(200, "POST", "/v1/nodes/n2?action=diskChange", `{"disk":"again","path":"/d"}`) // the same directory: a new disk in its place
+		x.refused(CodeInvalid, "POST", "/v1/nodes/n2?action=diskChange", `{"disk":"more","path":"/d"}`, "the same path")
+		if n := get[Node](x, "/v1/nodes/n2"); !n.Disks["default"].Lost || n.Disks["again"].Lost || len(n.Disks) != 2 {
+			t.Errorf("%+v", n.Disks)
+		}
+	})
+}
+
 // TestImageCleanup: of the copies on several nodes those go that nothing needs, and that leave enough.
 func TestImageCleanup(t *testing.T) {
 	inCluster(t, Config{}, func(x *fixture) {

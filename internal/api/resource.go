@@ -234,6 +234,7 @@ type Disk struct {
 	DiskType              string               `json:"diskType"`
 	DiskDriver            string               `json:"diskDriver"`
 	DiskUUID              string               `json:"diskUUID"`
+	Lost                  bool                 `json:"lost"` // ours: it was given up
 	AllowScheduling       bool                 `json:"allowScheduling"`
 	EvictionRequested     bool                 `json:"evictionRequested"`
 	Tags                  []string             `json:"tags"`

@@ -511,6 +511,7 @@ type NodeWanted struct {
 // DiskWanted is a directory on a node that holds layers and images.
 type DiskWanted struct {
 	Path                 string   `json:"path"`
+	Lost                 bool     `json:"lost,omitempty"` // what lies on it is given up, for good; the entry goes when no record names the disk any more
 	AllowScheduling      bool     `json:"allowScheduling"`
 	EvictionRequested    bool     `json:"evictionRequested,omitempty"`
 	StorageReservedBytes int64    `json:"storageReservedBytes"`

@@ -117,6 +117,12 @@ func ticketOn(node string) func(*catalog.VolumeWanted) {
 	return func(w *catalog.VolumeWanted) { w.Tickets = []catalog.Ticket{{Node: node, Kind: catalog.TicketAPI}} }
 }
 
+// lostOn1 gives n1's disk up.
+func lostOn1(s *scene) *scene {
+	s.node("n1", lostDisk, func(w *catalog.NodeWanted, o *catalog.NodeObserved) { w.ID, o.Address, o.Port = "id-n1", "n1", 100 })
+	return s
+}
+
 // TestVolumeElsewhere: what a node does about a volume whose copy, or home, is on another.
 func TestVolumeElsewhere(t *testing.T) {
 	all := []string{"n1", "n2", "n3"}
@@ -195,6 +201,18 @@ func TestVolumeElsewhere(t *testing.T) {
 			return s.want(ticketOn("n2")).members(1).seen("n2", attached, true).open(plan.FoundOpen, "nbd", "").op(catalog.VerbSnapshot, catalog.OperationPending)
 		}, "operate", "attached healthy n2", ""},
 		{"deleted, its copy's node gone", []string{"n2", "n3"}, func(s *scene) *scene { return s.want(tombstone).members(1).seen("", detached, true) }, "", "deleting unknown ", "is deleted when that node is back"},
+		{"its copy's disk was given up", all, func(s *scene) *scene {
+			return lostOn1(s).want(ticketOn("n2")).members(1).seen("n2", attaching, true)
+		}, "", "detached faulted ", "its only copy was on disk d of node n1, which was given up; `ashlar volume delete v` forgets it"},
+		{"open, its copy's disk was given up", all, func(s *scene) *scene {
+			return lostOn1(s).want(ticketOn("n2")).members(1).seen("n2", attached, true).open(plan.FoundFailed, "nbd", catalog.CodeInternal)
+		}, "", "detached faulted n2", "was given up"},
+		{"to be detached, its copy's disk was given up", all, func(s *scene) *scene {
+			return lostOn1(s).want().members(1).seen("n2", attached, true).open(plan.FoundOpen, "nbd", "")
+		}, "close-volume!", "detaching faulted n2", "was given up"},
+		{"deleted, open, its copy's disk was given up", all, func(s *scene) *scene {
+			return lostOn1(s).want(tombstone).members(1).seen("n2", attached, true).open(plan.FoundOpen, "nbd", "")
+		}, "close-volume!", "deleting unknown n2", ""},
 		{"deleted, open", all, func(s *scene) *scene {
 			return s.want(tombstone).members(1).seen("n2", attached, true).open(plan.FoundOpen, "nbd", "")
 		}, "close-volume", "deleting unknown n2", ""},

@@ -57,6 +57,7 @@ func (c *leader) liesImage(img Image) {
 		on[disk] = on[disk] || d.State != catalog.ImageGone
 	}
 	for disk, is := range on {
+		c.named[disk] = c.named[disk] || is
 		if l := c.left[c.disks[disk].node]; l != nil && is {
 			l.images = append(l.images, imageOn{img.Wanted.Value.Name, disk})
 		}

@@ -99,6 +99,9 @@ func (p *planner) image(name string) {
 	var notes []catalog.EventRecord
 	mine := false
 	for _, disk := range sorted(node.Wanted.Value.Disks) {
+		if node.Wanted.Value.Disks[disk].Lost { // control forgets what was there
+			continue
+		}
 		c, ok := p.copyOn(img, o, node.Wanted.Value.Disks[disk].Path, node.Observed.Value.Disks[disk].DiskID)
 		if !ok {
 			continue

@@ -122,7 +122,7 @@ func (c *leader) tell(s *volumeNow, reason, message string) {
 func (c *leader) evicting(at spot) string {
 	n := c.v.Nodes[at.node]
 	switch {
-	case c.abandoned(at.node): // nothing will come from there
+	case c.abandoned(at): // nothing will come from there
 		return ""
 	case n.Wanted.Value.Deleted != nil:
 		return "node " + at.node + " is being removed"
@@ -264,8 +264,10 @@ func (c *leader) unreadable(s *volumeNow, from catalog.Placement) string {
 		return "its membership record does not name it alone"
 	case o.Robustness == catalog.RobustnessFaulted:
 		return "it is faulted: " + o.Error
-	case c.abandoned(from.Node):
+	case c.noNode(from.Node):
 		return "node " + from.Node + ", which has it, was given up"
+	case c.v.lostDisk(spotAt(from)):
+		return "disk " + c.diskName(from.DiskID) + " of node " + from.Node + ", which has it, was given up"
 	case !c.v.Up(from.Node):
 		return "node " + from.Node + ", which has it, is not up"
 	case ready.Status != catalog.ConditionTrue:

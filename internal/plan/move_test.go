@@ -29,6 +29,11 @@ func evictedDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
 	onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.EvictionRequested = true })(w, o)
 }
 
+func lostDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
+	brokenDisk(w, o)
+	onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.Lost, w.AllowScheduling = true, false })(w, o)
+}
+
 func brokenDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
 	onDisk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) {
 		o.Conditions = map[string]catalog.Condition{catalog.ConditionReady: {Status: catalog.ConditionFalse, Message: "rot", LastTransitionTime: now.Add(-time.Hour)}}

@@ -205,6 +205,9 @@ func (p *planner) disks() {
 	}
 	for _, name := range sorted(n.Value.Disks) {
 		path := n.Value.Disks[name].Path
+		if n.Value.Disks[name].Lost { // its directory may be another disk's by now
+			continue
+		}
 		if d, ok := p.in.Found.diskAt(path); !ok || !d.usable() { // one that is away is asked for until it is back
 			p.begin(AdoptDisk{follows{n.Rev}, path, p.in.View.Cluster.Value.ID, node.Observed.Value.Disks[name].DiskID})
 		}
@@ -420,8 +423,11 @@ func (p *planner) observeDisk(dw catalog.DiskWanted, was catalog.DiskObserved) c
 	d := was
 	d.Conditions = copyConditions(was.Conditions)
 	found, ok := p.in.Found.diskAt(dw.Path)
+	ok = ok && !dw.Lost
 	ready := catalog.Condition{Status: catalog.ConditionTrue}
 	switch f, failed := p.in.Failures[FailureID(AdoptDisk{Path: dw.Path})]; {
+	case dw.Lost:
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "Lost", Message: "it was given up; it is forgotten when the volumes whose only copy it had are deleted"}
 	case ok && !found.usable():
 		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "DiskError", Message: found.Error}
 	case ok && found.Error != "": // something on it is damaged; the rest goes on

@@ -295,6 +295,8 @@ func (p *placer) refuseNode(n nodeRow, w want, near near) string {
 
 func (p *placer) refuseDisk(dw catalog.DiskWanted, d catalog.DiskObserved, w want) string {
 	switch {
+	case dw.Lost:
+		return "was given up"
 	case dw.EvictionRequested:
 		return "is being emptied"
 	case !dw.AllowScheduling:

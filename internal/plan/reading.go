@@ -244,6 +244,9 @@ func (p *planner) noRoom(h *here) string {
 	node := p.in.View.Nodes[h.place.Node]
 	for name, dw := range node.Wanted.Value.Disks {
 		total, free := h.disk.TotalBytes, h.disk.FreeBytes
+		if dw.Lost {
+			continue
+		}
 		if h.place.Node != h.node {
 			d := node.Observed.Value.Disks[name]
 			if total, free = d.TotalBytes, d.FreeBytes; d.DiskID != h.place.DiskID {

@@ -67,10 +67,11 @@ type replicaHere struct {
 	place   catalog.Placement
 	dropped bool // another has taken its place
 
-	diskOK bool // the disk can be looked into
-	disk   FoundDisk
-	found  FoundReplica
-	there  bool // the replica is on the disk
+	diskOK  bool // the disk can be looked into
+	givenUp bool // it was given up
+	disk    FoundDisk
+	found   FoundReplica
+	there   bool // the replica is on the disk
 
 	member Half[catalog.Membership]
 	busy   bool // something is being done to it, or to its volume here
@@ -88,7 +89,8 @@ func (p *planner) replicasHere(vol Volume) []replicaHere {
 			}
 			r := replicaHere{vol: vol, w: w, place: place, dropped: dropped, member: p.in.View.Memberships[w.ID], job: p.found.copies[place.ReplicaID]}
 			r.disk, r.diskOK = p.in.Found.disk(place.DiskID)
-			r.diskOK = r.diskOK && r.disk.usable()
+			r.givenUp = p.in.View.lostDisk(spotAt(place))
+			r.diskOK = r.diskOK && r.disk.usable() && !r.givenUp
 			if f := p.found.replicas[[2]string{place.DiskID, place.ReplicaID}]; f != nil {
 				r.found, r.there = *f, true
 			}
@@ -107,7 +109,7 @@ func (r *replicaHere) gone() bool { return r.dropped || r.w.Deleted != nil }
 // observe shows what only the replica's node can see. That one is not there is said of one that was written to and is lost, and of one that is to be destroyed, whose record ends
 // with that: so not while its disk is away, nor before it is known that it is to be destroyed, because it may be made any moment, nor while something is under way that may make it.
 func (r *replicaHere) observe(o *catalog.VolumeObserved) {
-	here := r.there || !r.diskOK || r.job != nil || r.gone() && r.busy
+	here := !r.givenUp && (r.there || !r.diskOK || r.job != nil || r.gone() && r.busy)
 	lost := r.member.Value.Epoch > 0 && (r.place.CopyOf == "" || named(r.member.Value, r.place.ReplicaID))
 	if !here && !r.gone() && !lost {
 		o.Replicas = slices.DeleteFunc(o.Replicas, func(x catalog.ReplicaObserved) bool { return x.ReplicaID == r.place.ReplicaID })

@@ -50,6 +50,7 @@ type leader struct {
 	readers map[string]string          // volume name -> an image that is being made from it
 	moves   moves
 	left    map[string]*left // node -> what lies on it
+	named   map[string]bool  // ids of disks that some record has something on
 }
 
 // diskName is a disk as people know it.
@@ -60,18 +61,18 @@ type diskName struct {
 func newLeader(in ClusterInput) *leader {
 	c := &leader{
 		in: in, v: in.View, p: newPlacer(in.View), volumes: sorted(in.View.Volumes), known: make(map[string]bool, len(in.View.Volumes)), disks: map[string]diskName{},
-		stands: map[string]map[string]bool{}, stay: map[[2]string]bool{}, users: map[string]int{}, readers: map[string]string{}, moves: newMoves(), left: map[string]*left{},
+		stands: map[string]map[string]bool{}, stay: map[[2]string]bool{}, users: map[string]int{}, readers: map[string]string{}, moves: newMoves(), left: map[string]*left{}, named: map[string]bool{},
 	}
 	c.p.api = in.API
 	for name, n := range c.v.Nodes {
 		c.left[name] = &left{}
 		for disk, d := range n.Observed.Value.Disks {
-			if d.DiskID != "" {
+			if _, twice := c.disks[d.DiskID]; d.DiskID != "" && !(twice && n.Wanted.Value.Disks[disk].Lost) {
 				c.disks[d.DiskID] = diskName{name, disk}
 			}
 		}
-		for disk := range n.Wanted.Value.Disks {
-			c.unsure = c.unsure || n.Observed.Value.Disks[disk].DiskID == "" && !n.Wanted.Value.Lost
+		for disk, d := range n.Wanted.Value.Disks {
+			c.unsure = c.unsure || n.Observed.Value.Disks[disk].DiskID == "" && !n.Wanted.Value.Lost && !d.Lost
 		}
 	}
 	for _, name := range c.volumes {
@@ -117,6 +118,7 @@ func (c *leader) index(name string) {
 }
 
 func (c *leader) lies(r catalog.Placement, w *catalog.VolumeWanted) {
+	c.named[r.DiskID] = true
 	if l := c.left[r.Node]; l != nil {
 		l.replicas = append(l.replicas, w.Name)
 	}
@@ -141,13 +143,16 @@ func (c *leader) spotOf(replicaID string, w *catalog.VolumeWanted) spot {
 	return spot{}
 }
 
-// gone tells whether a node was removed, or a disk of it, so that nobody will ever say what lies there.
+// gone tells whether a node was removed, or a disk of it, or either was given up, so that nobody will ever say what lies there.
 func (c *leader) gone(s spot) bool {
 	n := c.v.Nodes[s.node]
-	if !n.Wanted.Is() || n.Wanted.Value.Lost {
+	if c.abandoned(s) {
 		return true
 	}
-	for disk := range n.Wanted.Value.Disks {
+	for disk, d := range n.Wanted.Value.Disks {
+		if d.Lost {
+			continue
+		}
 		if id := n.Observed.Value.Disks[disk].DiskID; id == "" || id == s.diskID {
 			return false
 		}
@@ -318,18 +323,24 @@ func (c *leader) lost(s *volumeNow) string {
 		return ""
 	}
 	for _, r := range s.w.Replicas {
-		if !c.abandoned(r.Node) {
+		if !c.abandoned(spotAt(r)) {
 			return ""
 		}
 	}
-	if !c.abandoned(c.v.home(s.vol)) {
+	if !c.noNode(c.v.home(s.vol)) {
 		return "" // its home says what it sees
+	}
+	if at := spotAt(s.w.Replicas[0]); !c.noNode(at.node) {
+		return c.v.lostDiskText(at, s.w.Name)
 	}
 	return fmt.Sprintf("its only copy was on node %s, which was given up; `ashlar volume delete %s` forgets it", s.w.Replicas[0].Node, s.w.Name)
 }
 
-// abandoned tells whether there is no such node, or none that will come back.
-func (c *leader) abandoned(node string) bool {
+// abandoned tells whether nothing will come from a disk, or its node: there is no such node, or what lies there was given up.
+func (c *leader) abandoned(at spot) bool { return c.noNode(at.node) || c.v.lostDisk(at) }
+
+// noNode tells whether there is no such node, or none that will come back.
+func (c *leader) noNode(node string) bool {
 	n := c.v.Nodes[node]
 	return !n.Wanted.Is() || n.Wanted.Value.Lost
 }
@@ -354,11 +365,14 @@ func freshObserved(o catalog.VolumeObserved, w catalog.VolumeWanted) catalog.Vol
 }
 
 // replicasGone tells whether all replicas of a tombstoned volume are gone, those that were to be copies and those that were dropped included: their agents have said so, or their
-// nodes and disks were removed.
+// nodes and disks were removed. On a node that lives a volume may be open although its disk is lost: then that node has closed it first.
 func (c *leader) replicasGone(vol Volume) bool {
 	w, o := vol.Wanted.Value, vol.Observed.Value
 	said := o.ID == w.ID && o.State == catalog.VolumeDeleting
 	for _, p := range slices.Concat(w.Replicas, w.Dropped) {
+		if !c.noNode(p.Node) && c.v.lostDisk(spotAt(p)) && (!said || o.Node != "") {
+			return false
+		}
 		if c.gone(spot{p.Node, p.DiskID}) {
 			continue
 		}

@@ -114,6 +114,9 @@ func (p *planner) volumeError(h *here) string {
 	if h.w.Deleted != nil {
 		return p.deleteError(h)
 	}
+	if h.givenUp != "" {
+		return h.givenUp
+	}
 	if h.open && h.found.State == FoundFailed {
 		return h.found.Error + advice(h.found.Code, h.w.Name)
 	}
@@ -154,7 +157,7 @@ func (p *planner) deleteError(h *here) string {
 			return f.Message
 		}
 	}
-	if !h.diskOK && h.away == "" {
+	if !h.diskOK && h.away == "" && h.givenUp == "" {
 		return strings.TrimSuffix("its disk "+h.place.DiskID+" is not there: "+cmp.Or(h.diskWhy, h.disk.Error), ": ")
 	}
 	return ""

@@ -74,6 +74,7 @@ type here struct {
 	away    string // why the replica's node cannot be reached, as far as the catalogue knows; "": it can, or is this one. Of an open volume the data process knows better
 	diskOK  bool   // the replica's disk can be looked into; of another node: that node says so
 	diskWhy string // why not
+	givenUp string // that the disk was given up, as a sentence; "": it was not
 	disk    FoundDisk
 	replica FoundReplica
 	there   bool // the replica is on its disk
@@ -165,6 +166,9 @@ func (p *planner) lookAt(vol Volume, o catalog.VolumeObserved) *here {
 	} else {
 		p.lookThere(h, o)
 	}
+	if at := spotAt(h.place); p.in.View.lostDisk(at) {
+		h.givenUp, h.diskOK, h.there, h.arrived = p.in.View.lostDiskText(at, w.Name), false, false, false
+	}
 	if f := p.found.volumes[w.ID]; f != nil {
 		h.found, h.open = *f, true
 	}
@@ -254,9 +258,9 @@ func (h *here) may() bool {
 	return h.ticketed() || h.op.Value.State == catalog.OperationRunning || len(h.readings) == 0 && !h.dropping
 }
 
-// lost tells whether the replica is not where it was, although something was written to it. It is never made again: an empty one would read as zeroes.
+// lost tells whether the replica is not where it was, although something was written to it, or was given up with its disk. It is never made again: an empty one would read as zeroes.
 func (h *here) lost() bool {
-	return h.diskOK && !h.there && !h.arrived && h.member.Is() && h.member.Value.Epoch > 0
+	return h.givenUp != "" || h.diskOK && !h.there && !h.arrived && h.member.Is() && h.member.Value.Epoch > 0
 }
 
 func (h *here) openAction() OpenVolume {
@@ -277,7 +281,7 @@ func (p *planner) openStep(h *here) Action {
 }
 
 func (h *here) closeAction() CloseVolume {
-	force := h.fenced() || h.found.Away != ""
+	force := h.fenced() || h.found.Away != "" || h.givenUp != ""
 	return CloseVolume{follows{h.vol.Wanted.Rev}, h.w.Name, h.w.ID, h.readings, force}
 }
 
@@ -367,6 +371,8 @@ func (p *planner) haveStep(h *here) Action {
 			return h.operate()
 		case !wanted, h.lastCopyFailed() && h.w.Salvage, h.found.Code == catalog.CodeConflict:
 			return h.closeAction()
+		case h.givenUp != "":
+			return nil
 		case h.lastCopyFailed(): // it returns errors until it is detached or a person decides
 			return nil
 		}

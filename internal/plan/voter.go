@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -45,14 +46,17 @@ func (c *leader) nodes() []Write {
 			continue
 		}
 		w := n.Wanted.Value
+		notes := c.forgetDisks(&w, n.Observed.Value)
 		if seat, ok := seats[name]; ok {
 			w.Voter = seat
 			reason := "Voter"
 			if !seat {
 				reason = "NoVoter"
 			}
-			ev := note(c.in.Now, catalog.Normal, catalog.KindNode, name, reason)
-			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Value: w, Was: n.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
+			notes = append(notes, note(c.in.Now, catalog.Normal, catalog.KindNode, name, reason))
+		}
+		if len(notes) > 0 {
+			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Value: w, Was: n.Wanted.Rev, Notes: notes})
 		} else if w.Deleted != nil && (w.Lost || c.left[name].none()) && c.others(name) > 0 {
 			ev := note(c.in.Now, catalog.Normal, catalog.KindNode, name, "Removed")
 			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Was: n.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
@@ -64,6 +68,21 @@ func (c *leader) nodes() []Write {
 		out = append(out, c.evictingNode(name, n)...)
 	}
 	return out
+}
+
+// forgetDisks takes disks out that were given up and that no record names any more: until then the entry says what became of what lay there.
+func (c *leader) forgetDisks(w *catalog.NodeWanted, o catalog.NodeObserved) (notes []catalog.EventRecord) {
+	for _, disk := range sorted(w.Disks) {
+		if id := o.Disks[disk].DiskID; !w.Disks[disk].Lost || c.named[id] {
+			continue
+		}
+		w.Disks = maps.Clone(w.Disks)
+		delete(w.Disks, disk)
+		ev := note(c.in.Now, catalog.Normal, catalog.KindNode, w.Name, "DiskRemoved")
+		ev.Message = "disk " + disk + ", which was given up, is forgotten"
+		notes = append(notes, ev)
+	}
+	return notes
 }
 
 // others counts the nodes that stay, one apart.

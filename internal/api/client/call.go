@@ -61,7 +61,7 @@ func (c *Client) RemoveNode(ctx context.Context, name string, o RemoveOptions) e
 	return c.call(ctx, http.MethodDelete, path, nil, nil)
 }
 
-// RemoveOptions are what can be said about it: with Force what a dead node has is given up.
+// RemoveOptions are what can be said about it: with Force what a dead node, or a lost disk, has is given up.
 type RemoveOptions struct{ Force bool }
 
 // NodeContents tells what a node has.
@@ -84,9 +84,9 @@ func (c *Client) ChangeDisk(ctx context.Context, node string, d DiskChange) (api
 	return one[api.Node](ctx, c, http.MethodPost, at("nodes", node, "diskChange"), d)
 }
 
-// RemoveDisk takes a disk away. CodeConflict while it takes copies, CodeInUse while it has some.
-func (c *Client) RemoveDisk(ctx context.Context, node, disk string) (api.Node, error) {
-	return one[api.Node](ctx, c, http.MethodPost, at("nodes", node, "diskRemove"), map[string]string{"disk": disk})
+// RemoveDisk takes a disk away. CodeConflict while it takes copies, CodeInUse while it has some; with Force what it has is given up, CodeConflict while it can be read.
+func (c *Client) RemoveDisk(ctx context.Context, node, disk string, o RemoveOptions) (api.Node, error) {
+	return one[api.Node](ctx, c, http.MethodPost, at("nodes", node, "diskRemove"), map[string]any{"disk": disk, "force": o.Force})
 }
 
 // NodeTime asks a node for its clock's time, as exact as a second. The node that answers passes the question on.
