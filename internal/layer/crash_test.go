@@ -176,7 +176,7 @@ func (c *crasher) history(seed uint64, n int, lim limits) {
 // TestCrashClones stops at every change of the disk in random histories, loses any subset of what was not flushed, tears at 512 bytes, and opens what is left.
 func TestCrashClones(t *testing.T) {
 	c := &crasher{t: t, copies: 2}
-	n := steps(t, 8)
+	n := steps(t, 4)
 	for seed := range uint64(n) {
 		c.rand = rand.New(rand.NewPCG(seed, 99))
 		c.history(seed, 40, limitsFor(seed))
@@ -188,7 +188,7 @@ func TestCrashClones(t *testing.T) {
 // fall between the halves of writes.
 func TestCrashConcurrent(t *testing.T) {
 	c := &crasher{t: t, copies: 2, every: 2}
-	n := steps(t, 12)
+	n := steps(t, 6)
 	ops := 0
 	for seed := range uint64(n) {
 		c.rand = rand.New(rand.NewPCG(seed, 77))

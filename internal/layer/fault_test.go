@@ -14,7 +14,7 @@ import (
 // TestFailedSync lets an fdatasync of the head fail and drop what was not flushed, at every place where there is one.
 func TestFailedSync(t *testing.T) {
 	failed, salvaged := 0, 0
-	n := steps(t, 150)
+	n := steps(t, 75)
 	for seed := range uint64(n) {
 		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, limitsFor(seed))
 		w.note("seed %d", seed)
@@ -95,7 +95,7 @@ func (w *world) failedForGood(err error) {
 func TestNoSpace(t *testing.T) {
 	c := &crasher{t: t, copies: 1, every: 4}
 	refused := 0
-	n := steps(t, 12)
+	n := steps(t, 6)
 	for seed := range uint64(n) {
 		lim := limitsFor(seed)
 		sizing := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)

@@ -19,7 +19,7 @@ func limitsFor(seed uint64) limits {
 // TestModel runs random histories, with deaths of the process and power cuts between any two operations, against a plain model.
 func TestModel(t *testing.T) {
 	total := 0
-	for seed := range uint64(steps(t, 40)) {
+	for seed := range uint64(steps(t, 20)) {
 		w := newWorld(t, seed, disk.MemOptions{Reflink: seed%2 == 0, Seed: seed}, limitsFor(seed))
 		for range 150 {
 			total++
@@ -49,5 +49,5 @@ func TestModel(t *testing.T) {
 		w.checkCounts("at the end")
 		w.must(w.stack.Close(), "close")
 	}
-	t.Logf("model steps: %d, seeds 0 to %d", total, steps(t, 40)-1)
+	t.Logf("model steps: %d, seeds 0 to %d", total, steps(t, 20)-1)
 }

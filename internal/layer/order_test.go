@@ -139,7 +139,7 @@ func TestSettledHeaderLost(t *testing.T) {
 // TestPruneCrash fails the power at every step of pruning, many times each, with what hides the units not yet flushed.
 func TestPruneCrash(t *testing.T) {
 	c := &crasher{t: t, copies: 4, checks: true}
-	for seed := range uint64(steps(t, 3)) {
+	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 44))
 		lim := limitsFor(seed)
 		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)
@@ -164,7 +164,7 @@ func TestPruneCrash(t *testing.T) {
 // TestSealCrash fails the power at every step of a snapshot, many times each, with first writes that were not flushed.
 func TestSealCrash(t *testing.T) {
 	c := &crasher{t: t, copies: 5}
-	for seed := range uint64(steps(t, 3)) {
+	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 45))
 		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, limitsFor(seed))
 		w.note("seed %d", seed)
@@ -185,7 +185,7 @@ func TestSealCrash(t *testing.T) {
 // TestKillThenPowerCut opens what a killed process left in the page cache, and fails the power at every step of that, many times each.
 func TestKillThenPowerCut(t *testing.T) {
 	c := &crasher{t: t, copies: 10}
-	for seed := range uint64(steps(t, 4)) {
+	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 46))
 		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, limitsFor(seed))
 		w.note("seed %d", seed)
@@ -215,7 +215,7 @@ func TestWriteDuringCheckpoint(t *testing.T) {
 	c := &crasher{t: t, copies: 6}
 	lim := limits{segmentBytes: 32 << 10, uncovered: 1000, chunkUnits: 8, inline: true, maxSlots: 9}
 	meddled := 0
-	for seed := range uint64(steps(t, 3)) {
+	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 47))
 		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)
 		w.note("seed %d", seed)

@@ -49,7 +49,7 @@ func seeds(t testing.TB, quick, steps int) []uint64 {
 
 func TestModel(t *testing.T) {
 	const steps = 400
-	for _, seed := range seeds(t, 3, steps) {
+	for _, seed := range seeds(t, 2, steps) {
 		t.Run(fmt.Sprint("seed", seed), func(t *testing.T) {
 			m := &model{rig: newRig(t, mib, disk.MemOptions{Reflink: seed%2 == 0}), rand: seeded(seed), now: make([]byte, mib), safe: make([]byte, mib),
 				since: map[int64][][]byte{}, snaps: map[string][]byte{}}

@@ -183,7 +183,7 @@ func (m *model) contentOf(l replica.LayerInfo) []byte {
 // TestSpaceModel: in random histories, what Space says is what purging and deleting frees, and what Changed says leads from one content to another.
 func TestSpaceModel(t *testing.T) {
 	const steps = 160
-	for _, seed := range seeds(t, 4, steps) {
+	for _, seed := range seeds(t, 2, steps) {
 		t.Run(fmt.Sprint("seed", seed), func(t *testing.T) {
 			m := &model{rig: newRig(t, mib, disk.MemOptions{Reflink: seed%2 == 0}), rand: seeded(seed), now: make([]byte, mib), safe: make([]byte, mib),
 				since: map[int64][][]byte{}, snaps: map[string][]byte{}}

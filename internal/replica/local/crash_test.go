@@ -371,14 +371,21 @@ func (e end) String() string { return fmt.Sprintf("%s before %v, done %t", e.how
 
 // ends lists what a crash at this instant could leave.
 func ends(m *disk.Mem, seed uint64, op disk.Op, done bool) []end {
-	list := []end{{fsys: m.CrashClone(disk.CrashOptions{Keep: disk.KeepNone}), power: true, done: done, op: op, how: "power cut that keeps nothing"}}
-	if thorough() > 0 || op.Seq%2 == 0 || op.Kind == disk.OpSync || done {
+	var list []end
+	every := thorough() > 0 || done // a quick run tries one or two of them before each change, in turn, and more before a sync
+	if every || op.Seq%2 == 0 || op.Kind == disk.OpSync {
+		list = append(list, end{fsys: m.CrashClone(disk.CrashOptions{Keep: disk.KeepNone}), power: true, done: done, op: op, how: "power cut that keeps nothing"})
+	}
+	if every || op.Seq%4 == 1 || op.Kind == disk.OpSync {
 		list = append(list, end{fsys: m.Clone(), done: done, op: op, how: "kill -9"})
 	}
-	if thorough() > 0 || op.Seq%2 == 1 || done {
+	if every || op.Seq%4 == 3 {
 		list = append(list, end{fsys: m.CrashClone(disk.CrashOptions{Keep: disk.KeepAll}), power: true, done: done, op: op, how: "power cut that keeps everything"})
 	}
 	for i := range 1 + thorough() {
+		if !every && op.Seq%2 == 0 {
+			break
+		}
 		s := seed*1e6 + op.Seq*10 + uint64(i)
 		r := rand.New(rand.NewPCG(s, 0))
 		list = append(list, end{fsys: m.CrashClone(disk.CrashOptions{Rand: r}), power: true, done: done, op: op, how: fmt.Sprintf("power cut with seed %d", s)})

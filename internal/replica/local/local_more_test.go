@@ -114,7 +114,7 @@ func TestFaults(t *testing.T) {
 	points := 0
 	for _, s := range scripts() {
 		for _, kind := range []disk.OpKind{disk.OpSync, disk.OpWrite, disk.OpSyncDir, disk.OpCreate, disk.OpRemove, disk.OpReserve} {
-			step := 2
+			step := 3
 			if thorough() > 0 {
 				step = 1
 			}

@@ -163,10 +163,11 @@ func (s *source) connect(ctx context.Context) (*wireEnd, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.size >= 0 && c.Size() != s.size {
+	if s.size < 0 {
+		s.size = c.Size() // while open waits; nobody writes it afterwards, so that anybody may read it
+	} else if c.Size() != s.size {
 		return nil, final{errors.Join(fmt.Errorf("it has %d bytes now, had %d: %w", c.Size(), s.size, block.ErrFailed), c.Close())}
 	}
-	s.size = c.Size()
 	return newEnd(c, replica.Writer{}), nil
 }
 
