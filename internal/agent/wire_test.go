@@ -54,9 +54,11 @@ func TestOverTheWire(t *testing.T) {
 	})
 	wg.Go(func() { _ = control.New(control.Config{Catalog: mem}).Run(ctx) })
 
-	for i, name := range []string{"first", "second"} {
-		if i == 1 {
-			await(t, mem, catalog.VolumeKey(catalog.Observed, "first"), func(o catalog.VolumeObserved) bool { return o.State == catalog.VolumeAttached })
+	// A tick anywhere would show in every volume after the first; that the machine stalled does not show in all of them.
+	least := time.Hour
+	for i, name := range []string{"first", "second", "third", "fourth", "fifth"} {
+		if i > 0 && least < time.Second {
+			break
 		}
 		start := time.Now()
 		w := catalog.VolumeWanted{
@@ -67,16 +69,20 @@ func TestOverTheWire(t *testing.T) {
 		}
 		await(t, mem, catalog.VolumeKey(catalog.Observed, name), func(o catalog.VolumeObserved) bool { return o.Endpoint != "" })
 		t.Logf("%s volume: endpoint %v after the record", name, time.Since(start))
-		if d := time.Since(start); i == 1 && d > time.Second { // a tick anywhere would show; a loaded machine may not
-			t.Errorf("endpoint %v after the record", d)
+		if i > 0 {
+			least = min(least, time.Since(start))
 		}
+		await(t, mem, catalog.VolumeKey(catalog.Observed, name), func(o catalog.VolumeObserved) bool { return o.State == catalog.VolumeAttached })
+	}
+	if least >= time.Second {
+		t.Errorf("endpoint %v after the record", least)
 	}
 }
 
-// await returns when a record is as wanted; a test that waits longer than 20 s has failed.
+// await returns when a record is as wanted; a test that waits longer than a minute has failed.
 func await[T any](t *testing.T, c catalog.Catalog, k catalog.Key, ok func(T) bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	seen := errors.New("seen")
 	err := catalog.Follow(ctx, c, func(b catalog.Batch) error {

@@ -76,7 +76,7 @@ func serve(t *testing.T, cfg Config, settings *tls.Config) *server {
 
 func (s *server) request(method, path string, body io.Reader) *http.Request {
 	s.t.Helper()
-	ctx, cancel := context.WithTimeout(s.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
 	s.t.Cleanup(cancel)
 	r, err := http.NewRequestWithContext(ctx, method, s.base+path, body)
 	if err != nil {
@@ -238,8 +238,8 @@ func (s *server) lines(r io.Reader) func() string {
 				return "(the stream ended)"
 			}
 			return l
-		case <-time.After(10 * time.Second):
-			s.t.Error("the stream said nothing for 10 s")
+		case <-time.After(time.Minute):
+			s.t.Error("the stream said nothing for a minute")
 			return ""
 		}
 	}
@@ -354,7 +354,7 @@ func (s *server) dial(path string, header http.Header) (*websocket.Conn, *http.R
 	conn, res, err := d.DialContext(s.t.Context(), "ws"+strings.TrimPrefix(s.base, "http")+path, header)
 	if err == nil {
 		s.t.Cleanup(func() { conn.Close() })
-		if err := conn.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			s.t.Fatal(err)
 		}
 	}
@@ -406,8 +406,12 @@ func TestSocket(t *testing.T) {
 	for i := range 20 {
 		s.volume("v" + strconv.Itoa(i))
 	}
-	if got := names(t, slow); !strings.HasSuffix(got, "v9 detached") || strings.Count(got, ",") != 21 || time.Since(begin) < 200*time.Millisecond {
-		t.Errorf("after %v: %s", time.Since(begin), got)
+	told := 0
+	for got := ""; strings.Count(got, ",") != 21; told++ { // once, unless the machine was so slow that a period ended in between
+		got = names(t, slow)
+	}
+	if took := time.Since(begin); took < 200*time.Millisecond || told > 2+int(took/(300*time.Millisecond)) {
+		t.Errorf("%d times in %v", told, took)
 	}
 }
 
@@ -499,7 +503,7 @@ func TestCloseEndsStreams(t *testing.T) {
 	if err := s.h.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if d := time.Since(begin); d > 5*time.Second {
+	if d := time.Since(begin); d > 20*time.Second {
 		t.Errorf("closing took %v", d)
 	}
 	_, _, err = conn.ReadMessage()
@@ -847,7 +851,7 @@ func TestUploadBreaksOff(t *testing.T) {
 			if CodeOf(err) != CodeInvalid {
 				t.Errorf("%s: the taker saw %v", header, err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("%s: the taker saw nothing", header)
 		}
 	}
@@ -966,7 +970,7 @@ func TestDownloadClientGoes(t *testing.T) {
 	res.Body.Close()
 	select {
 	case <-s.extra.stopped:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the body is still open")
 	}
 }

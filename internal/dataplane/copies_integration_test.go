@@ -91,7 +91,7 @@ func TestCopySlowSource(t *testing.T) {
 	if j := awaitJob(t, cs[1], ask.ReplicaID); j.State != jobDone {
 		t.Fatalf("copy: %+v", j)
 	}
-	if took := time.Since(began); took < 5*time.Second || took > 15*time.Second {
+	if took := time.Since(began); took < 5*time.Second || took > time.Minute {
 		t.Errorf("2 MiB at 170 KiB/s took %v", took)
 	}
 }

@@ -99,7 +99,7 @@ func (s *side) end(t *testing.T) error {
 	select {
 	case err := <-s.ended:
 		return err
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("data process %s does not end", s.version)
 		return nil
 	}

@@ -362,10 +362,10 @@ func status(t *testing.T, c *client.Client, volumeID string) (client.VolumeStatu
 	return client.VolumeStatus{}, false
 }
 
-// eventually polls until ok, at most twenty seconds.
+// eventually polls until ok, at most a minute.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	for !ok() {
 		select {
 		case <-deadline:
@@ -403,7 +403,7 @@ const (
 
 // dialNBD connects to a volume's socket and chooses its export.
 func dialNBD(socket, export string) (*nbdConn, error) {
-	conn, err := net.DialTimeout("unix", socket, 10*time.Second)
+	conn, err := net.DialTimeout("unix", socket, time.Minute)
 	if err != nil {
 		return nil, err
 	}
@@ -416,7 +416,7 @@ func dialNBD(socket, export string) (*nbdConn, error) {
 }
 
 func (c *nbdConn) negotiate(export string) error {
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	hello := make([]byte, 18)
 	if _, err := io.ReadFull(c, hello); err != nil {
 		return err
@@ -442,7 +442,7 @@ func (c *nbdConn) negotiate(export string) error {
 
 // do says one command and waits for its answer.
 func (c *nbdConn) do(cmd uint16, off int64, p []byte) error {
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	c.handle++
 	req := binary.BigEndian.AppendUint32(nil, 0x25609513)
 	req = binary.BigEndian.AppendUint32(req, uint32(cmd)) // flags 0

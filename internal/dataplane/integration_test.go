@@ -55,7 +55,7 @@ func (b *bed) killAndTime(c *client.Client, a client.OpenVolume) time.Duration {
 		b.t.Fatalf("first I/O after a kill: %v", err)
 	}
 	took := time.Since(began)
-	ctx, cancel := context.WithTimeout(b.t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(b.t.Context(), time.Minute)
 	defer cancel()
 	if _, err := c.Hello(ctx); err != nil {
 		b.t.Fatalf("control socket after a kill: %v", err)

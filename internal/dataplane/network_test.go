@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -94,19 +95,22 @@ func (a *authority) file(dir, name string) string {
 	return path
 }
 
-// freeAddress is a port of loopback that nobody listens at.
+// freeAddress is a port of loopback that nobody listens at. It is below those that Linux gives to outgoing connections (32768 and up, ip(7)): one of
+// those could be another test's connection by the time that it is listened on.
 func freeAddress(t testing.TB) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+mathrand.IntN(22_000))); err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 func overTCP(t *testing.T, address, name string) (*nbdConn, error) {
 	t.Helper()
-	conn, err := net.DialTimeout("tcp", address, 10*time.Second)
+	conn, err := net.DialTimeout("tcp", address, time.Minute)
 	if err != nil {
 		return nil, err
 	}

@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const patience = 20 * time.Second
+const patience = time.Minute
 
 func newFrontend(t *testing.T, dir string, l Listeners) *NBD {
 	t.Helper()

@@ -18,7 +18,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for what must happen.
-const patience = 20 * time.Second
+const patience = time.Minute
 
 // until polls cond, for what cannot be waited for otherwise.
 func until(t testing.TB, what string, cond func() bool) {

@@ -147,7 +147,7 @@ func TestCloseOfSilentCopy(t *testing.T) {
 				return errors.New("a flush that was not done is no error")
 			}
 			return nil
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			return errors.New("it hangs")
 		}
 	}

@@ -45,7 +45,7 @@ func connect(t *testing.T, address string) (*Client, context.Context) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	t.Cleanup(func() { c.Close() })
 	return c, ctx

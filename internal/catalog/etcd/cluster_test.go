@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -109,15 +110,18 @@ type cluster struct {
 	nodes []*node
 }
 
-// freeAddr is an address that nobody listened on a moment ago.
+// freeAddr is an address that nobody listened on a moment ago. Its port is below those that Linux gives to outgoing connections (32768 and up, ip(7)):
+// one of those could be another test's connection by the time that it is listened on.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		if l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+mathrand.IntN(22_000))); err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 func newCluster(t testing.TB, n int) *cluster {
@@ -161,7 +165,7 @@ func (n *node) options(t testing.TB) etcd.Options {
 
 func (c *cluster) open(n *node) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
 	var err error
 	if n.store, err = etcd.Open(ctx, n.options(c.t)); err != nil {
@@ -172,7 +176,7 @@ func (c *cluster) open(n *node) {
 // join makes n a voter, as told by another node's store.
 func (c *cluster) join(by *etcd.Store, n *node) {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
 	if _, err := by.AddLearner(ctx, n.member.Name, n.member.PeerURL); err != nil {
 		c.t.Fatal(err)
@@ -337,7 +341,7 @@ func (l *load) count() int {
 func (l *load) more(n int) {
 	l.t.Helper()
 	want := l.count() + n
-	eventually(l.t, 20*time.Second, fmt.Sprintf("%d more increments", n), func() bool { return l.count() >= want })
+	eventually(l.t, time.Minute, fmt.Sprintf("%d more increments", n), func() bool { return l.count() >= want })
 }
 
 // stop ends the load and holds that nothing was lost.
@@ -349,7 +353,7 @@ func (l *load) stop(s *etcd.Store, watchers ...string) {
 	}
 	n, _ := strconv.Atoi(string(e.Value))
 	for _, w := range watchers { // before the watches end
-		eventually(l.t, 10*time.Second, "watch on "+w+" sees what was put", func() bool {
+		eventually(l.t, time.Minute, "watch on "+w+" sees what was put", func() bool {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			return l.last[w] >= n
@@ -482,14 +486,14 @@ func TestMembership(t *testing.T) {
 		t.Fatalf("members %+v, %v", ms, err)
 	}
 	c.open(b)
-	eventually(t, 10*time.Second, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateLearner && err == nil })
+	eventually(t, time.Minute, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateLearner && err == nil })
 	put(t, b.store, "from a learner's node")
 	for range 2 {
 		if err := s.Promote(ctx, "n2"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, 10*time.Second, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateVoter && err == nil })
+	eventually(t, time.Minute, "it knows what it is", func() bool { state, err := b.store.MemberState(); return state == etcd.StateVoter && err == nil })
 	if same, err := s.AddLearner(ctx, "n2", b.member.PeerURL); err != nil || same.ID != m.ID || same.Learner {
 		t.Fatalf("add a voter: %+v, %v", same, err)
 	}
@@ -520,7 +524,7 @@ func TestMembership(t *testing.T) {
 	}
 	select {
 	case <-b.store.MemberFailed():
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("a removed member does not notice")
 	}
 	if state, err := b.store.MemberState(); state != etcd.StateRemoved || !errors.Is(err, etcd.ErrRemoved) {

@@ -41,7 +41,7 @@ func TestFigures(t *testing.T) {
 	for i, p := range ps {
 		t.Logf("n%d: %d MiB resident", i+1, resident(t, p.cmd.Process.Pid)>>10)
 	}
-	if seen[150] > 50*time.Millisecond {
+	if seen[150] > 500*time.Millisecond { // a slow disk takes tens of milliseconds; a tick anywhere would show
 		t.Errorf("a change is seen after %v", seen[150])
 	}
 }
@@ -53,7 +53,7 @@ func watchLatency(t *testing.T, a, b *etcd.Store, n int) (put, seen []time.Durat
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	began := make(chan time.Time, 1)
 	next := make(chan struct{}, 1)

@@ -214,7 +214,7 @@ func TestFullDisk(t *testing.T) {
 	l.more(50)
 	put(t, n.store, "through the others")
 	l.stop(n.store, "n1", "n2", "n3")
-	eventually(t, 5*time.Second, "the others see that it is gone", func() bool {
+	eventually(t, time.Minute, "the others see that it is gone", func() bool {
 		ms, err := n.store.Members(t.Context())
 		return err == nil && len(ms) == 3 && !ms[1].Alive
 	})

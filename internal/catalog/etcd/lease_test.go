@@ -18,7 +18,7 @@ var _ control.Leader = (*etcd.Store)(nil)
 // guest opens a store that asks a cluster's members and is none.
 func (c *cluster) guest(name string) *etcd.Store {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
 	o := etcd.Options{Sync: true, Files: c.ca.issue(c.t, name, time.Hour), Log: slog.New(slog.NewTextHandler(c.t.Output(), nil)).With("node", name)}
 	for _, n := range c.nodes {
@@ -56,15 +56,15 @@ func TestHolderDies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	begin := time.Now()
 	if err := dead.Close(); err != nil { // it does not say goodbye
 		t.Fatal(err)
 	}
 	if err := <-done; !errors.Is(err, catalog.ErrUnreachable) {
 		t.Fatal(err)
 	}
-	begin := time.Now()
 	gone := errors.New("gone")
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	err = s.Watch(ctx, at, func(ev catalog.Event) error {
 		if ev.Key == catalog.AliveKey("dead") && ev.Value == nil {
@@ -73,7 +73,7 @@ func TestHolderDies(t *testing.T) {
 		t.Errorf("%s changed", ev.Key)
 		return nil
 	})
-	if d := time.Since(begin); !errors.Is(err, gone) || d < time.Second || d > 4*time.Second {
+	if d := time.Since(begin); !errors.Is(err, gone) || d < time.Second || d > 20*time.Second { // an hour, if nobody looked at the ttl; a machine may stall for some seconds
 		t.Fatalf("%v after %v", err, d)
 	}
 }
@@ -134,10 +134,10 @@ func TestLead(t *testing.T) {
 			return leads{}
 		}
 	}
-	first := next(5 * time.Second)
+	first := next(time.Minute)
 	close(first.end) // resigns
 	begin := time.Now()
-	second := next(5 * time.Second)
+	second := next(time.Minute)
 	t.Logf("%s after %s, which resigned: %v", second.name, first.name, time.Since(begin).Round(time.Millisecond))
 	if second.name == first.name {
 		t.Fatal("it leads again")

@@ -101,10 +101,10 @@ func newListener(path string) (*os.File, error) {
 	return ln.File()
 }
 
-// eventually polls until ok, at most ten seconds.
+// eventually polls until ok, at most a minute.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(time.Minute)
 	for !ok() {
 		select {
 		case <-deadline:
@@ -126,7 +126,7 @@ func newRun(t *testing.T, data string) Config {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if c, err := Dial(ctx, cfg); err == nil {
 			if err := c.Stop(ctx); err != nil {
@@ -174,7 +174,7 @@ func greeting(t *testing.T, cfg Config) (pid int, ok bool) {
 		return 0, false
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(time.Minute))
 	line, err := bufio.NewReader(c).ReadString('\n')
 	if err != nil {
 		return 0, false
@@ -492,7 +492,7 @@ func TestCrashLoopIsReported(t *testing.T) {
 func TestSecondHolderIsRefused(t *testing.T) {
 	cfg := newRun(t, "data-that-dies")
 	runHere(t, cfg)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := Run(ctx, cfg); !errors.Is(err, ErrRunning) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Errorf("second holder: %v, want ErrRunning that names the first", err)

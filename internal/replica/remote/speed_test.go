@@ -198,7 +198,7 @@ func qemuTCP(t testing.TB, dir, creds string) string {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	for until := time.Now().Add(10 * time.Second); ; {
+	for until := time.Now().Add(time.Minute); ; {
 		nc, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			_ = nc.Close()
