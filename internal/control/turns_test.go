@@ -44,6 +44,15 @@ func (p *pausing) after(n int) {
 	p.left, p.goOn = n, make(chan struct{})
 }
 
+// stops is how often it was stopped since it was asked last.
+func (p *pausing) stops() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.paused
+	p.paused = 0
+	return n
+}
+
 func (p *pausing) resume() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -101,10 +110,10 @@ func pausedLeader(t *testing.T, n int) (paused int) {
 		c.bury(fmt.Sprint("v", made-3))
 		c.engines()
 		<-time.After(time.Second)
-		paused += first.paused
+		paused += first.stops()
 		first.resume()
 		<-time.After(time.Second)
-		first.paused = 0
+		first.stops() // those after it went on do not count
 		_ = stop1()
 		<-time.After(time.Second)
 		_ = stop2()
@@ -252,15 +261,16 @@ func TestBurst(t *testing.T) {
 		c.volume(fmt.Sprint("v", n))
 		<-tick.C
 	}
+	came := time.Since(began)
 	for n := range 100 {
 		for !c.placed(fmt.Sprint("v", n)) {
-			if <-tick.C; time.Since(began) > 20*time.Second {
+			if <-tick.C; time.Since(began) > time.Minute {
 				t.Fatalf("v%d is not placed", n)
 			}
 		}
 	}
-	t.Logf("%d plans in %v", plans.Load(), time.Since(began))
-	if plans.Load() > 80 {
+	t.Logf("%d plans in %v, the changes came in %v", plans.Load(), time.Since(began), came)
+	if plans.Load() > 80 && came < time.Second { // on a machine that stalls they come one by one
 		t.Errorf("%d plans for 100 changes", plans.Load())
 	}
 }
