@@ -80,7 +80,7 @@ func (v *volumeView) trouble() string {
 	}
 	var away []string
 	for _, r := range v.wanted.Replicas {
-		if v.nodes.down(r.Node) {
+		if _, known := v.nodes.wanted[r.Node]; known && v.nodes.down(r.Node) { // of one that was given up the leader has said what that means
 			away = append(away, r.Node)
 		}
 	}
