@@ -206,12 +206,15 @@ func (p *Process) WaitServe() error {
 // stopLimit bounds an orderly end.
 const stopLimit = 30 * time.Second
 
-// Stop shuts the node down in order, volumes that are attached included, and kills what is left after that.
+// Stop shuts the node down in order, volumes that are attached included, and kills what is left after that. Of one that does not run there is nothing to stop.
 func (p *Process) Stop(ctx context.Context) error {
-	err := p.Run(ctx, nil, "shutdown", "--force")
 	none := func() (bool, error) {
 		return p.PID("serve") == 0 && p.PID("hold") == 0 && p.PID("data") == 0, nil
 	}
+	if gone, _ := none(); gone { // killed before
+		return p.log.Close()
+	}
+	err := p.Run(ctx, nil, "shutdown", "--force")
 	if err == nil {
 		err = Until(ctx, stopLimit, none)
 	}
