@@ -43,10 +43,16 @@ type pair struct {
 
 func servePair(t *testing.T) *pair {
 	t.Helper()
+	return servePairWith(t, Config{})
+}
+
+// servePairWith is servePair with what is to be said to n1.
+func servePairWith(t *testing.T, cfg Config) *pair {
+	t.Helper()
 	p := &pair{other: &bytesExtra{}}
 	base := &url.URL{}
 	transport := &http.Transport{ExpectContinueTimeout: 5 * time.Second}
-	p.server = serve(t, Config{NodeOf: nodeOf, Forward: func(_ context.Context, node string) (http.Handler, error) {
+	cfg.NodeOf, cfg.Forward = nodeOf, func(_ context.Context, node string) (http.Handler, error) {
 		if p.away != nil {
 			return nil, p.away
 		}
@@ -54,7 +60,8 @@ func servePair(t *testing.T) *pair {
 			t.Errorf("passed on to %q", node)
 		}
 		return PassTo(base, transport), nil
-	}}, nil)
+	}
+	p.server = serve(t, cfg, nil)
 	// n2 would pass on too, if it were allowed to.
 	h := New(Config{Catalog: p.mem, Node: "n2", Version: "v1", Extra: p.other, NodeOf: nodeOf, Forward: func(context.Context, string) (http.Handler, error) {
 		t.Error("passed on twice")
@@ -96,6 +103,53 @@ func (p *pair) onOther(name, source, state string, virtual int64) {
 func (p *pair) attachedTo(name, node string) {
 	put(p.server, catalog.VolumeKey(catalog.Wanted, name), catalog.VolumeWanted{Name: name, ID: id(name), SizeBytes: MinSize, Copies: 1, Tickets: []catalog.Ticket{{Node: node, Kind: catalog.TicketAPI}}})
 	put(p.server, catalog.VolumeKey(catalog.Observed, name), catalog.VolumeObserved{Name: name, ID: id(name), State: catalog.VolumeAttached, Node: node, SizeBytes: MinSize})
+}
+
+// TestForwardIsAllowedHere: what a request may do is decided by the node that is asked, before anything is passed on, because the other one lets a node do everything. Nobody gets there by saying
+// that he is a node, either.
+func TestForwardIsAllowedHere(t *testing.T) {
+	p := servePairWith(t, Config{RequireToken: true})
+	p.onOther("up", catalog.SourceUpload, catalog.ImagePending, 0)
+	p.onOther("ready", catalog.SourceUpload, catalog.ImageReady, 1<<20)
+	p.attachedTo("db1", "n2")
+	p.other.content = randomBytes(3, 1<<20)
+	all, reader, old := p.grant("all", false, time.Time{}), p.grant("reader", true, time.Time{}), p.grant("old", false, time.Unix(1, 0))
+	for _, c := range []struct {
+		method, path, body string
+		reader             int // the status for who may read
+	}{
+		{"POST", "/v1/backingimages/up?action=upload", "bytes", 403},
+		{"POST", "/v1/nodes/n2?action=shutdown", `{"force":true}`, 403},
+		{"POST", "/v1/nodes/n2?action=shutdown&action=snapshotList", `{"force":true}`, 403},
+		{"POST", "/v1/volumes/db1?action=exportFile", `{"path":"/x"}`, 403},
+		{"GET", "/v1/backingimages/ready/download?format=raw", "", 200},
+		{"GET", "/v1/volumes/db1/download?format=raw", "", 200},
+	} {
+		for token, status := range map[string]int{"": 401, old: 401, "made up": 401, reader: c.reader} {
+			for _, claim := range []string{"", "n2"} {
+				before := len(p.seen)
+				r := p.request(c.method, c.path, strings.NewReader(c.body))
+				if r.Header.Set("Authorization", "Bearer "+token); claim != "" {
+					r.Header.Set(HeaderForwarded, claim)
+				}
+				if status == 200 && claim != "" {
+					continue // it is answered here or not at all
+				}
+				p.ask(status, r)
+				if passed := len(p.seen) > before; passed != (status == 200) {
+					t.Errorf("%s %s with token %q: passed on: %v", c.method, c.path, token, passed)
+				}
+			}
+		}
+	}
+	if p.other.uploads+p.other.shutdowns+p.extra.uploads+p.extra.shutdowns != 0 {
+		t.Error("something was changed")
+	}
+	r := p.request("POST", "/v1/nodes/n2?action=shutdown", strings.NewReader(`{"force":true}`))
+	r.Header.Set("Authorization", "Bearer "+all)
+	if p.ask(200, r); p.other.shutdowns != 1 {
+		t.Error("who may do everything is not passed on")
+	}
 }
 
 // TestForwardUpload: a gibibyte and more would pass without being held; here it is a form, and plain bytes, and what is refused is refused before the bytes go.
