@@ -218,7 +218,7 @@ func (w *crowd) runLostDisk() {
 		if err := w.c.KillNode(w.ctx, 1); err != nil {
 			w.Fatal(err)
 		}
-		one.tool("umount", at)
+		one.until(10*time.Second, "the file system is unmounted", func() bool { return syscall.Unmount(at, 0) == nil }) // a killed process takes a moment to let go
 		two.startServe()
 		w.untilWhole(3)
 	}
