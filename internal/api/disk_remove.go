@@ -25,7 +25,7 @@ func (h *Handler) diskGiveUp(c *call, disk string) (any, error) {
 		return nil, Failure(CodeConflict, "node %s is down, and nobody else can tell whether its disk %s is lost; start it, or, if all of it is lost for good, `ashlar node remove %s --force`", c.id, disk, c.id)
 	case ready.Status == catalog.ConditionTrue:
 		return nil, Failure(CodeConflict, "node %s: disk %s can be read: nothing on it is given up; evict it (`ashlar disk evict %s/%s`), then remove it", c.id, disk, c.id, disk)
-	case ready.Status != catalog.ConditionFalse:
+	case ready.Status != catalog.ConditionFalse, ready.Reason == catalog.ReasonNotAdoptedYet:
 		return nil, Failure(CodeConflict, "node %s has not said yet whether disk %s can be read; try again when it has (`ashlar disk show %s/%s`)", c.id, disk, c.id, disk)
 	}
 	_, _, err = catalog.Update(c.r.Context(), h.cfg.Catalog, catalog.NodeKey(catalog.Wanted, c.id), func(w *catalog.NodeWanted) error {

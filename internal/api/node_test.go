@@ -392,10 +392,10 @@ func TestRemoveDisk(t *testing.T) {
 func TestGiveUpDisk(t *testing.T) {
 	inCluster(t, Config{}, func(x *fixture) {
 		const remove = "/v1/nodes/n2?action=diskRemove"
-		force := `{"disk":"default","force":true}`
+		force, why := `{"disk":"default","force":true}`, ""
 		ready := func(node, status string) {
 			_, _, err := catalog.Update(t.Context(), x.mem, catalog.NodeKey(catalog.Observed, node), func(o *catalog.NodeObserved) error {
-				o.Disks["default"].Conditions[catalog.ConditionReady] = catalog.Condition{Status: status, Message: "rot"}
+				o.Disks["default"].Conditions[catalog.ConditionReady] = catalog.Condition{Status: status, Reason: why, Message: "rot"}
 				return nil
 			})
 			if err != nil {
@@ -411,7 +411,10 @@ func TestGiveUpDisk(t *testing.T) {
 		ready("n4", catalog.ConditionTrue)
 		ready("n2", catalog.ConditionUnknown)
 		x.refused(CodeConflict, "POST", remove, force, "not said yet")
-		ready("n2", catalog.ConditionTrue)
+		why = catalog.ReasonNotAdoptedYet
+		ready("n2", catalog.ConditionFalse)
+		x.refused(CodeConflict, "POST", remove, force, "not said yet")
+		why = "NotAdopted"
 		ready("n2", catalog.ConditionFalse)
 		x.refused(CodeConflict, "POST", remove, `{"disk":"default"}`, "still takes new copies")
 		x.want(200, "POST", "/v1/nodes/n2?action=diskChange", `{"disk":"default","allowScheduling":false}`)

@@ -258,6 +258,7 @@ const (
 	ReasonWaiting               = "Waiting"
 	ReasonGetBackingImageFailed = "GetBackingImageFailed"
 	ReasonNearlyFull            = "DiskNearlyFull" // of the condition, and of the event when it becomes true
+	ReasonNotAdoptedYet         = "NotAdoptedYet"  // of a disk's condition Ready: its node has not tried to use it yet, or not again
 	ReasonDiskAway              = "DiskAway"       // of the event when a disk cannot be used any more
 	ReasonDiskBack              = "DiskBack"
 	ReasonNodeDown              = "NodeDown" // of the event when a node is silent

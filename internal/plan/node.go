@@ -438,7 +438,7 @@ func (p *planner) observeDisk(dw catalog.DiskWanted, was catalog.DiskObserved) c
 	case failed:
 		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotAdopted", Message: f.Message}
 	default:
-		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: "NotAdopted", Message: "not in use yet"}
+		ready = catalog.Condition{Status: catalog.ConditionFalse, Reason: catalog.ReasonNotAdoptedYet, Message: "not in use yet"}
 	}
 	setCondition(d.Conditions, catalog.ConditionReady, ready, p.in.Now)
 	if ok {

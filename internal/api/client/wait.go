@@ -11,15 +11,19 @@ import (
 const (
 	pauseMin = 5 * time.Millisecond
 	pauseMax = 500 * time.Millisecond
+	// What a look costs grows with what there is (all volumes, for a node's contents): a tenth of the time is spent looking, at most, until the pauses are long.
+	pauseFactor = 9
+	pauseLong   = 5 * time.Second
 )
 
 // until looks again and again until look says that it has seen what it waits for, fails, or ctx ends (its error).
 func until(ctx context.Context, look func() (bool, error)) error {
 	for pause := pauseMin; ; pause = min(pause*3/2, pauseMax) {
+		began := time.Now()
 		if ok, err := look(); ok || err != nil {
 			return err
 		}
-		timer := time.NewTimer(pause)
+		timer := time.NewTimer(max(pause, min(pauseFactor*time.Since(began), pauseLong)))
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
