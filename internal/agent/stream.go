@@ -146,6 +146,9 @@ func (a *Agent) upload(ctx context.Context, image string, sizeBytes int64, r io.
 		err = a.feed(ctx, sock, sizeBytes, r)
 	}
 	ctx = context.WithoutCancel(ctx)
+	if err != nil && !errors.Is(err, ErrUploadBroken) {
+		endOfImport(ctx, s, up.w.ID)
+	}
 	st := a.lookAfter(ctx, s)
 	if err != nil {
 		err = importError(st, up.w.ID, err)
@@ -154,6 +157,16 @@ func (a *Agent) upload(ctx context.Context, image string, sizeBytes int64, r io.
 	}
 	a.tell(ctx, uploaded{imageID: up.w.ID, upload: &plan.Upload{Taken: true}, state: st})
 	return nil
+}
+
+// endOfImport waits, not for ever, until an import whose stream broke has ended: the work process closes its socket a moment before the data process knows what it refused.
+func endOfImport(ctx context.Context, s client.Service, imageID string) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	st, err := s.State(ctx)
+	for err == nil && slices.ContainsFunc(st.Jobs, func(j client.Job) bool { return j.ID == imageID && j.Kind != jobExport && j.State == plan.JobRunning }) {
+		st, err = s.WaitState(ctx, st.Rev)
+	}
 }
 
 // importError is why an upload failed: what the import says, if it failed of itself, else what was seen here.

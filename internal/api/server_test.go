@@ -696,6 +696,18 @@ func TestStreamEndsWithItsToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	names(t, conn)
+	ended := make(chan error, 1)
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	defer conn.Close()
+	reader.Go(func() { // all the while: a client that does not read is soon taken for deaf
+		for {
+			if _, _, err := conn.ReadMessage(); err != nil {
+				ended <- err
+				return
+			}
+		}
+	})
 	r := s.request("GET", "/v1/events?follow=true", nil)
 	r.Header = header
 	events := s.lines(s.do(r).Body)
@@ -707,7 +719,7 @@ func TestStreamEndsWithItsToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err = conn.ReadMessage(); !websocket.IsCloseError(err, websocket.ClosePolicyViolation) {
+	if err := <-ended; !websocket.IsCloseError(err, websocket.ClosePolicyViolation) {
 		t.Errorf("the websocket ended with %v", err)
 	}
 	for l := events(); l != "(the stream ended)"; l = events() {
