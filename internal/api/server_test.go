@@ -417,7 +417,7 @@ func TestSocket(t *testing.T) {
 
 // TestSocketKeepsAlive has the server ping, and end a client that does not answer.
 func TestSocketKeepsAlive(t *testing.T) {
-	s := serve(t, Config{Heartbeat: 20 * time.Millisecond}, nil)
+	s := serve(t, Config{Heartbeat: 100 * time.Millisecond}, nil)
 	if _, _, err := s.dial("/v1/ws/1s/images", nil); err == nil {
 		t.Fatal("there is a collection images")
 	}
