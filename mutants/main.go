@@ -205,6 +205,7 @@ func (r runner) test(ctx context.Context, bin, pkg, name string) ([]byte, error)
 	}
 	cmd := exec.CommandContext(ctx, abs, "-test.v", "-test.count=1", "-test.failfast", "-test.run", name)
 	cmd.Dir = pkg
+	cmd.Env = append(os.Environ(), "ASHLAR_STEPS=2") // a quick run of random histories may miss a breakage that a run twice as long sees
 	cmd.WaitDelay = time.Second
 	return cmd.CombinedOutput()
 }

@@ -69,8 +69,8 @@ func main() {
 			goTest(ctx, t, nil, "-race", "-timeout", "15m", "./...")
 		}},
 		{"steps", func(ctx context.Context, t *tally) {
-			goTest(ctx, t, []string{"ASHLAR_STEPS=3"}, "-timeout", "15m", "-run", "Crash|Model|Simulation|History|Histories|Concurrent",
-				"./internal/layer", "./internal/volume", "./internal/replica/local", "./internal/disk", "./internal/agent")
+			goTest(ctx, t, []string{"ASHLAR_STEPS=4"}, "-timeout", "15m", "-run", "Crash|Fault|Model|Simulation|History|Histories|Concurrent|Memory|^TestCluster$",
+				"./internal/layer", "./internal/volume", "./internal/replica/local", "./internal/replica/remote", "./internal/disk", "./internal/agent", "./internal/sim")
 		}},
 		{"integration", func(ctx context.Context, t *tally) { integration(ctx, t, abs) }},
 		{"fuzz", func(ctx context.Context, t *tally) { fuzz(ctx, t, *fuzzRuns) }},

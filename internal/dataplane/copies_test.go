@@ -256,7 +256,7 @@ func (m *mover) wantMoved() {
 
 // TestMove: any volume reads the same at its new place, lives on there (purge too), and the original cannot be written to any more, also with an old catalogue.
 func TestMove(t *testing.T) {
-	for n := range 12 / sparse(4) {
+	for n := range 12 / sparse(6) {
 		seed := uint64(7000 + n)
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			m := newMover(t)
@@ -381,7 +381,7 @@ func TestMoveCrash(t *testing.T) {
 		return func(op disk.Op) {
 			mu.Lock()
 			defer mu.Unlock()
-			if rec := m.record(); ops%sparse(23) == 0 || rec.Members[0].ReplicaID == moveTo {
+			if rec := m.record(); ops%sparse(47) == 0 || rec.Members[0].ReplicaID == moveTo {
 				list = append(list, m.stops(op, side)...)
 			}
 			ops++
@@ -443,7 +443,7 @@ func TestMoveLedger(t *testing.T) {
 		for n := 1; n <= calls; n++ {
 			for _, length := range []int{1, 100} { // from there on once, or for good
 				how := fmt.Sprintf("fault %d at call %d, %d times", fault, n, length)
-				if length > 1 && n%sparse(2) != calls%sparse(2) { // always at the last, the swap
+				if (length > 1 || fault == ledgertest.LostBefore) && n%sparse(2) != calls%sparse(2) { // always at the last, the swap
 					continue
 				}
 				m := base.clone(labelled{t, how})

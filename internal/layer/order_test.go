@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"ashlar/internal/block"
 	"ashlar/internal/disk"
 )
 
@@ -299,5 +301,23 @@ func TestNoSpaceForMap(t *testing.T) {
 	}
 	if opened == 0 {
 		t.Error("nothing was tried")
+	}
+}
+
+// TestMarkBehindHole: a mark that says that a record which is broken was on the medium is found wherever it begins, among bytes that look like a record's, and nowhere else.
+func TestMarkBehindHole(t *testing.T) {
+	b, seed := appendRecord(nil, &record{gen: 1, seq: 1, kind: kindStart, payload: make([]byte, startPayload)}, 0)
+	b, _ = appendRecord(b, &record{gen: 1, seq: 2, kind: kindCheckpoint}, seed)
+	end := len(b)
+	mark, _ := appendRecord(nil, &record{gen: 1, seq: 4, kind: kindMark, unit: 3}, seed)
+	const segment = 512
+	for at := end + 1; at <= segment; at++ {
+		log := append(bytes.Clone(b), bytes.Repeat([]byte("ALOG."), segment)...)[:at]
+		log = append(log, mark...)
+		log = append(log, make([]byte, max(0, segment-len(log)))...)[:segment]
+		_, err := parseSegment(log, pageUnits)
+		if want := at%8 == 0 && at+recordBytes <= segment; errors.Is(err, block.ErrCorrupt) != want {
+			t.Errorf("a mark at %d of %d: %v", at, segment, err)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -163,8 +164,13 @@ func parseSegment(b []byte, units int64) (*segment, error) {
 			s.checkpoint = max(s.checkpoint, int64(r.unit))
 		}
 	}
+	magic := binary.LittleEndian.AppendUint32(nil, recordMagic)
 	for at := s.tail; at+recordBytes <= int64(len(b)); at += 8 {
-		if binary.LittleEndian.Uint32(b[at:]) != recordMagic {
+		next := bytes.Index(b[at:], magic) // a log is nearly all zeroes, and this passes over them many at a time
+		if next < 0 {
+			break
+		}
+		if at += int64(next) &^ 7; next%8 != 0 || at+recordBytes > int64(len(b)) { // records begin at multiples of 8
 			continue
 		}
 		r, _, ok := decodeRecord(b[at:], seed, units)

@@ -21,6 +21,9 @@ import (
 func steps(t testing.TB, n int) int {
 	t.Helper()
 	factor := 1.0
+	if raceEnabled {
+		factor = 0.5 // ten times as slow; it looks for races, of which another seed has no more
+	}
 	if s := os.Getenv("ASHLAR_STEPS"); s != "" {
 		f, err := strconv.ParseFloat(s, 64)
 		if err != nil {
