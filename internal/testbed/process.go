@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,7 +54,7 @@ func (e *CommandError) Error() string {
 
 // StartProcess starts a node called node1 with a free port in a directory; see Start.
 func StartProcess(ctx context.Context, bin, dir string) (*Process, error) {
-	port, err := freePort()
+	port, err := freeRow(1)
 	if err != nil {
 		return nil, err
 	}
@@ -81,15 +80,6 @@ func (p *Process) Start(ctx context.Context, dir string) (err error) {
 		return errors.Join(err, p.Stop(context.WithoutCancel(ctx)))
 	}
 	return nil
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	return port, l.Close()
 }
 
 // StartServe starts `ashlar serve` (again) and waits until it is ready.
