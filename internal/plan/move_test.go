@@ -23,7 +23,6 @@ func silent(_ *catalog.NodeWanted, o *catalog.NodeObserved)  { o.Port = 9510 }
 func notReady(_ *catalog.NodeWanted, o *catalog.NodeObserved) {
 	o.Ready = false
 }
-func voting(w *catalog.NodeWanted, _ *catalog.NodeObserved) { w.Voter = true }
 
 func evictedDisk(w *catalog.NodeWanted, o *catalog.NodeObserved) {
 	onDisk(func(w *catalog.DiskWanted, _ *catalog.DiskObserved) { w.EvictionRequested = true })(w, o)

@@ -21,7 +21,6 @@ type Cluster struct {
 	Machines []*Machine
 	nodes    []*node
 	election *election
-	wg       sync.WaitGroup
 }
 
 // node is what `ashlar serve` is on a machine: agent, control and the lease.
