@@ -6,7 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"runtime"
 	"strings"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -88,7 +90,7 @@ func serve(ctx context.Context, cfg node.Config) error {
 		_, _ = daemon.SdNotify(false, daemon.SdNotifyReady)
 		cfg.Log.Info("node is up", "node", cfg.Name, "version", cfg.Version, "socket", client.Socket(cfg.RunDir), "listen", cfg.Listen, "again", again)
 		err = n.Wait(ctx)
-		ended := n.Close()
+		ended := closeNode(n, cfg.Log)
 		if !errors.Is(err, node.ErrRestart) || ctx.Err() != nil {
 			return errors.Join(err, ended)
 		}
@@ -97,4 +99,20 @@ func serve(ctx context.Context, cfg node.Config) error {
 			cfg.Log.Warn("not everything ended in order", "error", ended)
 		}
 	}
+}
+
+// closeLimit is how long a node may take to end; mostly it takes about a second.
+const closeLimit = 20 * time.Second
+
+// closeNode ends a node. One that hangs is no reason to stay: nothing is lost when this process ends in the middle of anything, but whoever stops or upgrades it waits. Where it hung stands in
+// the log.
+func closeNode(n *node.Node, log *slog.Logger) error {
+	stuck := time.AfterFunc(closeLimit, func() {
+		stacks := make([]byte, 4<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		log.Error("the node does not end; the process ends all the same, which loses nothing; please report this with what follows", "after", closeLimit, "goroutines", string(stacks))
+		os.Exit(exitFailed)
+	})
+	defer stuck.Stop()
+	return n.Close()
 }
