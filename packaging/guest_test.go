@@ -27,6 +27,9 @@ const (
 	lineLimit = 3 * time.Minute
 )
 
+// connect makes the volume the machine's disk again, and looks whether what was written is on it.
+const connect = "nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 && mount /dev/nbd0 /mnt && sha256sum -c /root/sum"
+
 // shellUnit is a shell on the serial line that says how each line ended.
 const shellUnit = `[Unit]
 After=multi-user.target
@@ -278,13 +281,16 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	m.do("systemctl is-active ashlar.service ashlar-hold.service")
 	m.do("ashlar status")
 	m.do("ashlar volume create v1 --size 64Mi && ashlar volume attach v1 --frontend nbd")
-	m.do("nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 -persist && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && dd if=/dev/urandom of=/mnt/f bs=1M count=8 status=none && sync && sha256sum /mnt/f > /root/sum")
+	m.do("nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && dd if=/dev/urandom of=/mnt/f bs=1M count=8 status=none && sync && sha256sum /mnt/f > /root/sum")
 	m.do("test \"$(systemctl show -p ActiveState --value 'ashlar-data@0.9.1.service')\" = active")
 	m.do("test $(stat -c %a /run/ashlar/api.sock) = 600")
 
-	// Kill what must come back by itself.
-	m.do("systemctl kill -s KILL ashlar-data@0.9.1.service && sha256sum -c /root/sum")
+	// Kill what must come back by itself. The kernel's client does not connect again (nbd-client 3.24 with netlink, whatever -persist says), so that
+	// it lets go before the data process dies; it connects while nobody serves, to the socket that the holder keeps.
+	m.do("umount /mnt && nbd-client -d /dev/nbd0")
+	m.do("systemctl kill -s KILL ashlar-data@0.9.1.service && " + connect)
 	m.do("systemctl kill -s KILL ashlar-hold.service && for i in $(seq 100); do systemctl is-active -q ashlar-hold && break; sleep 0.1; done && ashlar status --until-attached")
+	m.do("dd if=/dev/urandom of=/mnt/g bs=64k count=16 oflag=direct conv=fsync status=none && echo 3 > /proc/sys/vm/drop_caches && sha256sum -c /root/sum")
 
 	// Reboot: exports are there before whoever starts guests.
 	m.do("umount /mnt && nbd-client -d /dev/nbd0")
@@ -293,7 +299,7 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	if got := m.do("cat /root/at-boot"); got != "there" {
 		t.Errorf("when guests would start, the export was %s", got)
 	}
-	m.do("nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 -persist && mount /dev/nbd0 /mnt && sha256sum -c /root/sum")
+	m.do(connect)
 
 	// Upgrade under load: no error for the writer, first of the package, then of the data process.
 	m.do("(while :; do dd if=/dev/urandom of=/mnt/g bs=64k count=16 oflag=direct conv=fsync status=none || { echo failed > /root/load; exit; }; echo ok > /root/load; test -e /root/stop && exit; done) > /root/load.log 2>&1 & echo $! > /root/writer")
@@ -306,7 +312,7 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	m.do("ashlar upgrade")
 	m.do("test \"$(systemctl show -p ActiveState --value 'ashlar-data@0.9.2.service')\" = active")
 	m.do("rm -f /root/load; for i in $(seq 300); do test -e /root/load && break; sleep 0.1; done; touch /root/stop; for i in $(seq 300); do kill -0 $(cat /root/writer) 2>/dev/null || break; sleep 0.1; done; cat /root/load.log; test $(cat /root/load) = ok")
-	m.do("sha256sum -c /root/sum")
+	m.do("echo 3 > /proc/sys/vm/drop_caches && sha256sum -c /root/sum")
 	m.do("ashlar doctor || test $? = 7")
 
 	// Remove is refused while a guest's disk is attached; removal keeps data; purge keeps it too unless somebody says otherwise.
@@ -314,7 +320,7 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	m.do("umount /mnt && nbd-client -d /dev/nbd0 && ashlar volume detach v1")
 	m.do("dpkg -r ashlar && test -e /var/lib/ashlar/etcd && test -e /etc/ashlar/ashlar.toml && ! pgrep -x ashlar")
 	m.do("dpkg -P ashlar && test -e /var/lib/ashlar/etcd && test ! -e /etc/ashlar")
-	m.do("dpkg -i /root/ashlar_0.9.2_amd64.deb && ashlar volume attach v1 --frontend nbd && nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 && mount /dev/nbd0 /mnt && sha256sum -c /root/sum && umount /mnt && nbd-client -d /dev/nbd0")
+	m.do("dpkg -i /root/ashlar_0.9.2_amd64.deb && ashlar volume attach v1 --frontend nbd && " + connect + " && umount /mnt && nbd-client -d /dev/nbd0")
 	m.do("ashlar shutdown --force && echo ashlar ashlar/delete-data boolean true | debconf-set-selections && dpkg -P ashlar && test ! -e /var/lib/ashlar")
 	m.off("systemctl poweroff")
 }
