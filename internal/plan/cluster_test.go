@@ -192,7 +192,7 @@ func TestNoDiskForImage(t *testing.T) {
 	}
 }
 
-// TestOld: operations go an hour after their end, or with their volume; events after a day, or when there are too many.
+// TestOld: operations go an hour after their end, or with their volume; events after a day, or when there are too many; join tokens a day after they expired.
 func TestOld(t *testing.T) {
 	p := newPicture(t).node("n1").volume(placed("v")).put(catalog.MembershipKey("id-v"), membership("id-v", 1))
 	at := func(d time.Duration) *time.Time { t := now.Add(-d); return &t }
@@ -207,7 +207,10 @@ func TestOld(t *testing.T) {
 	}
 	p.put(catalog.OperationKey("w", "orphan"), catalog.Operation{ID: "orphan", Volume: "w"})
 	p.put(catalog.EventKey("yesterday"), catalog.EventRecord{Time: *at(24 * time.Hour)})
-	if got, want := keys(p.cluster()), "-operation/wanted/v/old -operation/wanted/v/other -operation/wanted/w/orphan -event/wanted/yesterday"; got != want {
+	for name, expired := range map[string]time.Duration{"old": 24 * time.Hour, "young": 24*time.Hour - time.Second, "good": -time.Hour} {
+		p.put(catalog.JoinKey(name), catalog.Join{Name: name, Expires: *at(expired), UsedBy: "n1"})
+	}
+	if got, want := keys(p.cluster()), "-operation/wanted/v/old -operation/wanted/v/other -operation/wanted/w/orphan -join/wanted/old -event/wanted/yesterday"; got != want {
 		t.Errorf("writes %q, want %q", got, want)
 	}
 	p = newPicture(t)

@@ -9,12 +9,24 @@ import (
 	"ashlar/internal/catalog"
 )
 
-// What is kept of events, and of operations that ended.
+// What is kept of events, of operations that ended, and of join tokens that are good no more.
 const (
 	keepEvents     = 24 * time.Hour
 	maxEvents      = 1000
 	keepOperations = time.Hour
+	keepJoins      = 24 * time.Hour
 )
+
+// oldJoins deletes join tokens a day after they expired: until then they tell who used them.
+func oldJoins(in ClusterInput) []Write {
+	var out []Write
+	for _, name := range sorted(in.View.Joins) {
+		if j := in.View.Joins[name]; in.Now.Sub(j.Value.Expires) >= keepJoins {
+			out = append(out, Write{Key: catalog.JoinKey(name), Was: j.Rev})
+		}
+	}
+	return out
+}
 
 // oldEvents deletes events after a day, and the oldest above a thousand. That a node is down is kept while it is so: it tells that it was said.
 func oldEvents(in ClusterInput) []Write {

@@ -41,6 +41,7 @@ type View struct {
 	Settings    map[string]string
 	Events      map[string]Half[catalog.EventRecord]
 	Alive       map[string]Half[catalog.Alive] // by node: those that live
+	Joins       map[string]Half[catalog.Join]
 
 	names map[string]string // of volumes, by their ids
 }
@@ -66,6 +67,7 @@ func (v *View) Reset() {
 	*v = View{
 		Nodes: map[string]Node{}, Images: map[string]Image{}, Volumes: map[string]Volume{}, Memberships: map[string]Half[catalog.Membership]{},
 		Operations: map[string]map[string]Half[catalog.Operation]{}, Settings: map[string]string{}, Events: map[string]Half[catalog.EventRecord]{}, Alive: map[string]Half[catalog.Alive]{},
+		Joins: map[string]Half[catalog.Join]{},
 		names: map[string]string{},
 	}
 }
@@ -98,6 +100,8 @@ func (v *View) Apply(ev catalog.Event) error {
 		return applyMap(v.Events, name, ev)
 	case catalog.KindAlive:
 		return applyMap(v.Alive, name, ev)
+	case catalog.KindJoin:
+		return applyMap(v.Joins, name, ev)
 	}
 	return nil // of a later version
 }

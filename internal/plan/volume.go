@@ -30,6 +30,7 @@ func Cluster(in ClusterInput) []Write {
 	out = append(out, c.nodes()...)
 	out = append(out, oldMemberships(in)...)
 	out = append(out, oldOperations(in)...)
+	out = append(out, oldJoins(in)...)
 	out = append(out, liveness(in)...)
 	return append(out, oldEvents(in)...)
 }
