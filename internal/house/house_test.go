@@ -1,6 +1,7 @@
 package house
 
 import (
+	"encoding/json"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -10,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strings"
 	"testing"
@@ -402,6 +404,63 @@ func TestProof(t *testing.T) {
 	if rows < 10 {
 		t.Errorf("docs/proof.md has only %d rows", rows)
 	}
+}
+
+// TestMutants keeps mutants/*.json from going stale between two runs of `make mutants`, which take long: what a mutant replaces stands in its file once, and it names a test that
+// a plain `go test` of its package runs.
+func TestMutants(t *testing.T) {
+	tests := map[string][]string{}
+	for _, s := range sources(t) {
+		if s.test && !strings.Contains(buildTag(s.file), "integration") {
+			for _, d := range s.file.Decls {
+				if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil {
+					tests["./"+path.Dir(s.path)] = append(tests["./"+path.Dir(s.path)], fn.Name.Name)
+				}
+			}
+		}
+	}
+	lists, err := filepath.Glob(filepath.Join(root(t), "mutants", "*.json"))
+	if err != nil || len(lists) == 0 {
+		t.Fatal("no mutants found", err)
+	}
+	names := map[string]bool{}
+	for _, list := range lists {
+		text, err := os.ReadFile(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var mutants []struct{ Name, File, Old, New, Package, Test string }
+		if err := json.Unmarshal(text, &mutants); err != nil {
+			t.Fatalf("%s: %v", list, err)
+		}
+		for _, m := range mutants {
+			src, err := os.ReadFile(filepath.Join(root(t), m.File))
+			if n := strings.Count(string(src), m.Old); err != nil || n != 1 || m.Old == m.New {
+				t.Errorf("%s: %q: its text stands %d times in %s, want once, and another in its place (%v)", filepath.Base(list), m.Name, n, m.File, err)
+			}
+			top, _, _ := strings.Cut(m.Test, "/") // a case of a test is told only by running it
+			pattern, err := regexp.Compile(top)
+			if err != nil || m.Test == "" || !slices.ContainsFunc(tests[m.Package], pattern.MatchString) {
+				t.Errorf("%s: %q: %s has no test %q (%v)", filepath.Base(list), m.Name, m.Package, m.Test, err)
+			}
+			if names[m.Name] {
+				t.Errorf("%s: %q is there twice", filepath.Base(list), m.Name)
+			}
+			names[m.Name] = true
+		}
+	}
+}
+
+// buildTag is a file's //go:build line, or nothing.
+func buildTag(f *ast.File) string {
+	for _, group := range f.Comments {
+		for _, c := range group.List {
+			if c.Pos() < f.Package && strings.HasPrefix(c.Text, "//go:build ") {
+				return c.Text
+			}
+		}
+	}
+	return ""
 }
 
 // TestLinks wants every relative link in the documentation to lead somewhere.
