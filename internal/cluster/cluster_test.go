@@ -231,7 +231,7 @@ func (w *world) wanted(name string) catalog.NodeWanted {
 
 func (w *world) token() string {
 	w.t.Helper()
-	token, _, err := MakeToken(w.t.Context(), w.cat, w.dir, time.Hour)
+	token, _, err := MakeToken(w.t.Context(), w.cat, w.dir, time.Hour, nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -756,6 +756,28 @@ func TestRenewal(t *testing.T) {
 			t.Errorf("%s: good until %s, %v", tc.who, leaf.NotAfter, err)
 		}
 		w.skew = 0
+	}
+}
+
+// TestClockSetBack renews a certificate that a voter signed for itself while its clock was far ahead, as soon as the clock is right again: nobody else takes it before its time.
+func TestClockSetBack(t *testing.T) {
+	w := found(t)
+	for what, renew := range map[string]func() error{
+		"while it runs":  func() error { return w.keeper(w.dir, w.state).renew(t.Context()) },
+		"when it starts": func() error { return Refresh(w.dir, w.state, w.now) },
+	} {
+		w.skew = 200 * 24 * time.Hour
+		if err := renew(); err != nil {
+			t.Fatal(err)
+		}
+		w.skew = 0
+		if err := renew(); err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := must[*identity.NodeTLS](t)(w.dir.TLS(nil)).Leaf()
+		if err != nil || leaf.NotBefore.After(w.now()) || leaf.NotAfter.Before(w.now().Add(80*24*time.Hour)) {
+			t.Errorf("%s: good from %s until %s, %v", what, leaf.NotBefore, leaf.NotAfter, err)
+		}
 	}
 }
 

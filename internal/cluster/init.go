@@ -113,8 +113,8 @@ func FreePorts(ctx context.Context, host string, port int) error {
 	return nil
 }
 
-// MakeToken records a new join token, good for so long, and returns it: it is kept nowhere. catalog's errors.
-func MakeToken(ctx context.Context, c catalog.Catalog, d Dir, life time.Duration) (token string, record catalog.Join, err error) {
+// MakeToken records a new join token, good for so long from now (nil: time.Now) on, and returns it: it is kept nowhere. catalog's errors.
+func MakeToken(ctx context.Context, c catalog.Catalog, d Dir, life time.Duration, now func() time.Time) (token string, record catalog.Join, err error) {
 	t, err := d.TLS(nil)
 	if err != nil {
 		return "", record, err
@@ -126,8 +126,8 @@ func MakeToken(ctx context.Context, c catalog.Catalog, d Dir, life time.Duration
 	if life < time.Minute || life > maxTokenLife {
 		return "", record, fmt.Errorf("a join token is good for a minute to a year, not %s: %w", life, client.ErrInvalid)
 	}
-	now := time.Now().UTC()
-	record = catalog.Join{Name: newID()[:8], SHA256: sum, Created: now, Expires: now.Add(life)}
+	made := orNow(now)().UTC()
+	record = catalog.Join{Name: newID()[:8], SHA256: sum, Created: made, Expires: made.Add(life)}
 	if _, err := catalog.Write(ctx, c, catalog.JoinKey(record.Name), record, 0); err != nil {
 		return "", record, err
 	}

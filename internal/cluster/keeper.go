@@ -238,7 +238,7 @@ func (k *Keeper) tidy(ctx context.Context, members []etcd.MemberInfo) error {
 	return nil
 }
 
-// renew sees to the certificate: made anew when less than a third of its life is left, or when it does not name the node's host.
+// renew sees to the certificate: made anew when less than a third of its life is left, when its time has not come, or when it does not name the node's host.
 func (k *Keeper) renew(ctx context.Context) error {
 	leaf, err := k.cfg.TLS.Leaf()
 	if err != nil || !stale(leaf.NotBefore, leaf.NotAfter, k.cfg.Now()) && names(leaf.DNSNames, leaf.IPAddresses, k.state.Host) {
@@ -263,8 +263,10 @@ func (k *Keeper) renew(ctx context.Context) error {
 	return k.cfg.Dir.keepCertificate(key, []byte(a.Certificate))
 }
 
-// stale tells whether less than a third of a certificate's life is left.
-func stale(from, to, now time.Time) bool { return now.Add(to.Sub(from) / 3).After(to) }
+// stale tells whether less than a third of a certificate's life is left, or its time has not come: it was signed while a clock was ahead.
+func stale(from, to, now time.Time) bool {
+	return now.Before(from) || now.Add(to.Sub(from)/3).After(to)
+}
 
 // names tells whether a host is among a certificate's names and addresses.
 func names(dns []string, ips []net.IP, host string) bool {

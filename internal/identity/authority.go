@@ -242,7 +242,7 @@ func readServer(name string) (*tls.Certificate, error) {
 	return &c, err
 }
 
-// fresh tells whether a certificate is this authority's, for exactly these names, with a third of its life left.
+// fresh tells whether a certificate is this authority's, for exactly these names, good already (it may be from when the clock was ahead), with a third of its life left.
 func (a *Authority) fresh(c *tls.Certificate, names []string) bool {
 	if c == nil || c.Leaf == nil || c.Leaf.CheckSignatureFrom(a.cert) != nil {
 		return false
@@ -259,6 +259,6 @@ func (a *Authority) fresh(c *tls.Certificate, names []string) bool {
 	}
 	slices.Sort(have)
 	slices.Sort(want)
-	life := c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
-	return slices.Equal(slices.Compact(have), slices.Compact(want)) && a.now().Add(life/3).Before(c.Leaf.NotAfter)
+	now, life := a.now(), c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
+	return !now.Before(c.Leaf.NotBefore) && slices.Equal(slices.Compact(have), slices.Compact(want)) && now.Add(life/3).Before(c.Leaf.NotAfter)
 }

@@ -136,6 +136,17 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
+// TestClockSetBack sets a clock right that was ahead: clients whose clocks were right all the time would not take what was signed meanwhile.
+func TestClockSetBack(t *testing.T) {
+	now := time.Now().Add(100 * 24 * time.Hour)
+	a := must[*Authority](t)(OpenAuthority(t.TempDir(), func() time.Time { return now }))
+	cfg := must[*tls.Config](t)(a.ServerTLS([]string{"n"}))
+	now = now.Add(-100 * 24 * time.Hour)
+	if c := must[*tls.Certificate](t)(cfg.GetCertificate(nil)).Leaf; c.NotBefore.After(now) || c.NotAfter.Before(now) {
+		t.Errorf("shown at %s: a certificate from %s to %s", now, c.NotBefore, c.NotAfter)
+	}
+}
+
 // TestBadFiles wants every file that is not as it should be to be refused with its name.
 func TestBadFiles(t *testing.T) {
 	dir := t.TempDir()

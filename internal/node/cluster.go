@@ -51,17 +51,19 @@ func (n *Node) loadCluster() error {
 		return fmt.Errorf("%w: this node is called %s in its cluster, and the configuration calls it %s; a name never changes", ErrConfig, s.Name, n.cfg.Name)
 	}
 	n.state = &s
-	if err := cluster.Refresh(n.dir(), s, time.Now); err != nil {
+	if err := cluster.Refresh(n.dir(), s, n.cfg.Now); err != nil {
 		return fmt.Errorf("the node's certificate: %w", err)
 	}
-	n.tls, err = n.dir().TLS(func(err error) {
+	files := n.dir().Files()
+	files.Now = n.cfg.Now
+	files.Changed = func(err error) {
 		if err != nil {
 			n.cfg.Log.Error("the node's certificate changed and cannot be used; the old one stays", "error", err)
 		} else {
 			n.cfg.Log.Info("the node shows its new certificate")
 		}
-	})
-	if err != nil {
+	}
+	if n.tls, err = identity.OpenNodeTLS(files); err != nil {
 		return fmt.Errorf("the node's identity: %w", err)
 	}
 	return nil
@@ -205,7 +207,7 @@ func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
 			n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", err)
 			// For people, and for every agent to look again. That it cannot be recorded is in the log already.
 			_ = catalog.Note(ctx, s, catalog.EventRecord{
-				Time: time.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
+				Time: n.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
 			})
 			failed = true
 		}
@@ -265,12 +267,12 @@ func wait(ctx context.Context, d time.Duration) bool {
 func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest http.Handler) {
 	server := cluster.NewServer(cluster.ServerConfig{
 		Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Ledger: ledger.Ledger(),
-		REST: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { rest.ServeHTTP(w, api.FromNode(r)) }), Log: n.cfg.Log,
+		REST: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { rest.ServeHTTP(w, api.FromNode(r)) }), Now: n.cfg.Now, Log: n.cfg.Log,
 	})
 	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
 	n.loop("cluster", l.after(func(ctx context.Context) error {
 		keeper := cluster.NewKeeper(cluster.KeeperConfig{
-			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Running: n.memberRuns, Log: n.cfg.Log,
+			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Running: n.memberRuns, Now: n.cfg.Now, Log: n.cfg.Log,
 			Rejoin: func(ctx context.Context, s cluster.State) error { return etcd.Rejoin(ctx, n.clusterOptions(s)) },
 		})
 		err := keeper.Run(ctx)
@@ -299,7 +301,7 @@ func (n *Node) hold(ctx context.Context, c catalog.Catalog) error {
 		}
 	})
 	for {
-		alive.Since = time.Now().UTC()
+		alive.Since = n.cfg.Now().UTC()
 		value, err := json.Marshal(alive)
 		if err != nil {
 			return err
@@ -380,7 +382,7 @@ func (m membership) Init(ctx context.Context, address string) error {
 		return said(err)
 	}
 	_, err = cluster.Init(ctx, cluster.InitConfig{
-		Dir: m.n.dir(), Authority: m.n.authorityDir(), Catalog: m.catalog, Name: m.n.cfg.Name, Host: host, Port: port, External: !m.n.embedded(),
+		Dir: m.n.dir(), Authority: m.n.authorityDir(), Catalog: m.catalog, Name: m.n.cfg.Name, Host: host, Port: port, External: !m.n.embedded(), Now: m.n.cfg.Now,
 	})
 	return m.anew(err)
 }
@@ -407,7 +409,7 @@ func (m membership) Join(ctx context.Context, to, token, address string) error {
 	if err != nil {
 		return said(err)
 	}
-	cfg := cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: m.n.cfg.Name, Host: host, Port: port}
+	cfg := cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: m.n.cfg.Name, Host: host, Port: port, Now: m.n.cfg.Now}
 	if m.n.state != nil { // it is done, or cannot be
 		_, err := cluster.Join(ctx, cfg)
 		return said(err)
@@ -497,7 +499,7 @@ func (m membership) Token(ctx context.Context, life time.Duration) (string, cata
 	if m.n.state == nil {
 		return "", catalog.Join{}, said(fmt.Errorf("%w yet: `ashlar cluster init --address HOST[:PORT]` opens one", cluster.ErrNone))
 	}
-	token, record, err := cluster.MakeToken(ctx, m.catalog, m.n.dir(), life)
+	token, record, err := cluster.MakeToken(ctx, m.catalog, m.n.dir(), life, m.n.cfg.Now)
 	return token, record, said(err)
 }
 

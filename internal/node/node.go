@@ -58,6 +58,8 @@ type Config struct {
 	Binary string
 	// Systemd: holder and data process are units of systemd's; see hold.Config.
 	Systemd bool
+	// Now tells the time of this node's clock; nil: time.Now. Durations and leases do not follow it.
+	Now func() time.Time
 	// Log takes what a record cannot; nil: dropped.
 	Log *slog.Logger
 }
@@ -91,6 +93,9 @@ func (c *Config) check() error {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
 	}
 	return nil
 }
@@ -166,7 +171,7 @@ func (n *Node) build(ctx context.Context) error {
 	ag, err := agent.New(agent.Config{
 		Node: n.cfg.Name, Address: n.address(), Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
 		Disks:   map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
-		Cluster: n.clusterFiles(), Member: n.memberState, Stop: func() { n.cancel(errStopped) },
+		Cluster: n.clusterFiles(), Member: n.memberState, Stop: func() { n.cancel(errStopped) }, Now: n.cfg.Now,
 	})
 	if err != nil {
 		return err
@@ -178,7 +183,7 @@ func (n *Node) build(ctx context.Context) error {
 		after = l.after
 	}
 	n.loop("agent", after(ag.Run))
-	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}, Log: n.cfg.Log}).Run))
+	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}, Now: n.cfg.Now, Log: n.cfg.Log}).Run))
 	n.loop("alive", after(func(ctx context.Context) error { return n.hold(ctx, cat) }))
 	handler := n.handler(cat, ag)
 	// Streams have no end of their own, and would hold up the shutdown of what serves them.
@@ -201,7 +206,7 @@ func (n *Node) handler(cat catalog.Catalog, ag *agent.Agent) *api.Handler {
 		n.cfg.Log.Info("no block devices on this machine; volumes whose creator names no frontend get nbd", "why", err)
 	}
 	return api.New(api.Config{
-		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Log: n.cfg.Log,
+		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Now: n.cfg.Now, Log: n.cfg.Log,
 		Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf, CanEvict: canEvict(cat),
 	})
 }
@@ -333,8 +338,8 @@ func (n *Node) serverTLS() (*tls.Config, error) {
 	var authority *identity.Authority
 	var err error
 	if n.state == nil {
-		authority, err = identity.OpenAuthority(n.authorityDir(), nil)
-	} else if authority, err = n.dir().Authority(nil); errors.Is(err, fs.ErrNotExist) {
+		authority, err = identity.OpenAuthority(n.authorityDir(), n.cfg.Now)
+	} else if authority, err = n.dir().Authority(n.cfg.Now); errors.Is(err, fs.ErrNotExist) {
 		// No key to sign with: REST shows what other nodes know it by, which names its host.
 		f := n.dir().Files()
 		return identity.ServerTLS(identity.ServerFiles{CertFile: f.CertFile, KeyFile: f.KeyFile})
