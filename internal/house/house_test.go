@@ -463,9 +463,25 @@ func buildTag(f *ast.File) string {
 	return ""
 }
 
-// TestLinks wants every relative link in the documentation to lead somewhere.
+// heading is a heading of a page; anchorless is what an anchor leaves out of it.
+var (
+	heading    = regexp.MustCompile("(?m)^#+ +(.*)$")
+	anchorless = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+)
+
+// hasAnchor tells whether a page has a heading that a link's #anchor means.
+func hasAnchor(page []byte, anchor string) bool {
+	for _, m := range heading.FindAllStringSubmatch(string(page), -1) {
+		if "#"+strings.ReplaceAll(anchorless.ReplaceAllString(strings.ToLower(m[1]), ""), " ", "-") == anchor {
+			return true
+		}
+	}
+	return false
+}
+
+// TestLinks wants every relative link in the documentation to lead somewhere: to a file, and to a heading of it if one is named.
 func TestLinks(t *testing.T) {
-	link := regexp.MustCompile(`\]\(([^)#:]+)(#[^)]*)?\)`)
+	link := regexp.MustCompile(`\]\(([^)#:]*)(#[^)]*)?\)`)
 	top := root(t)
 	var broken []string
 	err := filepath.WalkDir(top, func(name string, d fs.DirEntry, err error) error {
@@ -477,8 +493,13 @@ func TestLinks(t *testing.T) {
 			return err
 		}
 		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
-			if _, err := os.Stat(filepath.Join(filepath.Dir(name), m[1])); err != nil {
-				broken = append(broken, fmt.Sprintf("%s -> %s", strings.TrimPrefix(name, top+"/"), m[1]))
+			to, page := filepath.Join(filepath.Dir(name), m[1]), text
+			_, err := os.Stat(to)
+			if m[1] != "" && m[2] != "" && err == nil {
+				page, err = os.ReadFile(to)
+			}
+			if err != nil || m[2] != "" && !hasAnchor(page, m[2]) {
+				broken = append(broken, fmt.Sprintf("%s -> %s", strings.TrimPrefix(name, top+"/"), m[1]+m[2]))
 			}
 		}
 		return nil
