@@ -19,11 +19,6 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 
 	"ashlar/internal/catalog"
 )
@@ -50,7 +45,8 @@ type Member struct {
 	PeerURL      string // https://host:port, where the other members reach it
 	ClientURL    string // https://host:port, where every node's client reaches it
 	Files        Files  // certificate for both, as server and as client
-	// Admit says who may be a client, given a certificate that the authority signed; nil: everybody. It is asked at every call, and must not call the Store.
+	// Admit says who may connect, to either port, given a certificate that the authority signed; nil: everybody. It is asked at each handshake, which waits for it, from many
+	// goroutines. It may ask the Store, for some seconds at most, but not about this member itself, whose own connections the Store needs. Store.Expel is for who is connected already.
 	Admit func(*x509.Certificate) error
 	// Members are the members as last seen, also this one. If Dir holds no member yet and somebody else is in it, the member joins them: AddLearner must have been
 	// said of it before. Empty or only this one: it is the first, or its directory knows.
@@ -200,17 +196,22 @@ func (m *member) startClustered(ctx context.Context, o Options, d dialer) error 
 			return err
 		}
 	}
-	ending, end := context.WithCancel(context.Background())
-	cfg.GRPCAdditionalServerOptions = gate{admit: o.Member.Admit, ending: ending}.options()
-	m.endStreams = end
-	return m.start(o.Dir, cfg)
+	if m.ports, err = listen(o.Member); err != nil {
+		return err
+	}
+	if err := m.start(o.Dir, cfg); err != nil {
+		m.ports.close()
+		return err
+	}
+	m.ports.serve(m.etcd.Server)
+	return nil
 }
 
 func clusteredConfig(o Options) (*embed.Config, error) {
 	m := o.Member
 	cfg := config(o.Dir)
 	cfg.Name = m.Name
-	cfg.ListenPeerUrls, cfg.ListenClientUrls = []url.URL{listenURL(m.PeerListen)}, []url.URL{listenURL(m.ClientListen)}
+	cfg.ListenPeerUrls, cfg.ListenClientUrls = nil, nil // ports.go
 	for _, a := range []struct {
 		to   *[]url.URL
 		from string
@@ -222,21 +223,13 @@ func clusteredConfig(o Options) (*embed.Config, error) {
 		*a.to = []url.URL{*u}
 	}
 	cfg.InitialCluster = m.Name + "=" + m.PeerURL
-	cfg.PeerTLSInfo, cfg.ClientTLSInfo = m.Files.info(), m.Files.info()
-	cfg.TlsMinVersion = "TLS1.3"
+	cfg.PeerTLSInfo = m.Files.info() // what it shows the others when it asks them
 	cfg.TickMs, cfg.ElectionMs = clusterTickMS, clusterElectionMS
 	cfg.SnapshotCatchUpEntries = clusterCatchUp
 	cfg.MaxLearners = maxLearners
 	cfg.StrictReconfigCheck = false // RemoveMember checks what matters
 	cfg.ForceNewCluster = m.ForceNew
 	return cfg, nil
-}
-
-func listenURL(addr string) url.URL {
-	if strings.HasPrefix(addr, ":") {
-		addr = "[::]" + addr
-	}
-	return url.URL{Scheme: "https", Host: addr}
 }
 
 // started tells whether a member has ever begun in dir.
@@ -394,63 +387,3 @@ func rejoin(ctx context.Context, o Options, others []Peer) error {
 	_, err = s.AddLearner(ctx, o.Member.Name, o.Member.PeerURL)
 	return err
 }
-
-// gate stands before a member's calls: it asks who calls, and ends streams when the member ends, or etcd would wait for them for seconds.
-type gate struct {
-	admit  func(*x509.Certificate) error
-	ending context.Context
-}
-
-func (g gate) options() []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
-			if err := g.ask(ctx); err != nil {
-				return nil, err
-			}
-			return h(ctx, req)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			if err := g.ask(ss.Context()); err != nil {
-				return err
-			}
-			ctx, cancel := context.WithCancel(ss.Context())
-			defer cancel()
-			defer context.AfterFunc(g.ending, cancel)()
-			err := h(srv, stream{ss, ctx})
-			if g.ending.Err() != nil {
-				return status.Error(codes.Unavailable, "this member stops")
-			}
-			return err
-		}),
-	}
-}
-
-func (g gate) ask(ctx context.Context) error {
-	if g.ending.Err() != nil {
-		return status.Error(codes.Unavailable, "this member stops")
-	}
-	if g.admit == nil {
-		return nil
-	}
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return status.Error(codes.Unauthenticated, "no peer")
-	}
-	t, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(t.State.PeerCertificates) == 0 {
-		return status.Error(codes.Unauthenticated, "no certificate")
-	}
-	if err := g.admit(t.State.PeerCertificates[0]); err != nil {
-		return status.Error(codes.PermissionDenied, err.Error())
-	}
-	return nil
-}
-
-// stream is a stream with a context of ours.
-type stream struct {
-	grpc.ServerStream
-	ctx context.Context
-}
-
-// Context implements grpc.ServerStream.
-func (s stream) Context() context.Context { return s.ctx }

@@ -61,7 +61,7 @@ type member struct {
 	err   error      // why it stopped
 	begun bool       // stop was called
 
-	endStreams context.CancelFunc // nil if it is alone
+	ports *ports // nil if it is alone
 }
 
 func newMember(log *slog.Logger) *member {
@@ -282,19 +282,16 @@ func (m *member) stop() {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		defer close(m.stopped) // also if etcd ends this goroutine
-		if m.endStreams != nil {
-			m.endStreams()
+		if m.ports != nil {
+			m.ports.endStreams()
 		}
 		select {
-		case <-m.failed: // etcd's own stop may never come so far
-			for _, p := range m.etcd.Peers {
-				_ = p.Listener.Close()
-			}
-			for _, l := range m.etcd.Clients {
-				_ = l.Close()
-			}
+		case <-m.failed: // whoever is connected shall ask others at once; etcd's own stop may never end
 		default:
 			m.passOn()
+		}
+		if m.ports != nil {
+			m.ports.close()
 		}
 		m.etcd.Close()
 	})

@@ -3,6 +3,7 @@ package etcd
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -333,4 +334,11 @@ func (s *Store) MemberFailed() <-chan struct{} {
 		return nil
 	}
 	return s.member.failed
+}
+
+// Expel closes the connections that others have to this node's member, if it has one, and for whose certificates refused returns an error. Admit refuses them when they come again.
+func (s *Store) Expel(refused func(*x509.Certificate) error) {
+	if s.member != nil && s.member.ports != nil {
+		s.member.ports.guard.expel(refused)
+	}
 }
