@@ -168,7 +168,11 @@ func TestSealCrash(t *testing.T) {
 	c := &crasher{t: t, copies: 5}
 	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 45))
-		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, limitsFor(seed))
+		lim := limitsFor(seed)
+		if seed%2 == 1 { // no checkpoint before the snapshot: its map has everything to say, and the log alone knows it
+			lim.segmentBytes, lim.uncovered = 32<<10, 1000
+		}
+		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)
 		w.note("seed %d", seed)
 		for range 3 {
 			for range 4 {
