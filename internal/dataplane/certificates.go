@@ -16,7 +16,8 @@ import (
 type certificates struct {
 	cert, key, authority string // paths; authority may be empty
 	// make builds what connections are made with.
-	make func(pair tls.Certificate, authorities *x509.CertPool) *tls.Config
+	make  func(pair tls.Certificate, authorities *x509.CertPool) *tls.Config
+	clock func() time.Time // nil: time.Now
 
 	mu    sync.Mutex // guards the rest
 	now   *tls.Config
@@ -80,6 +81,9 @@ func (c *certificates) read() error {
 		return fmt.Errorf("certificate %s and key %s: %w", c.cert, c.key, err)
 	}
 	now := time.Now()
+	if c.clock != nil {
+		now = c.clock()
+	}
 	if leaf := pair.Leaf; leaf != nil && (now.After(leaf.NotAfter) || now.Before(leaf.NotBefore)) {
 		return fmt.Errorf("certificate %s: %w: it is valid from %s to %s", c.cert, errNotValid, leaf.NotBefore.Format(time.RFC3339), leaf.NotAfter.Format(time.RFC3339))
 	}

@@ -127,7 +127,7 @@ func (p *Process) setCluster(ctx context.Context, a client.Cluster) error {
 	if err := checkCluster(a); err != nil {
 		return err
 	}
-	certs := clusterCertificates(a)
+	certs := clusterCertificates(a, p.cfg.Now)
 	if certs != nil {
 		if _, err := certs.config(); err != nil {
 			return fmt.Errorf("cluster %s: %w: %w", a.ClusterID, client.ErrInvalid, err)
@@ -223,13 +223,13 @@ func checkCluster(a client.Cluster) error {
 }
 
 // clusterCertificates returns the files of a Cluster; nil if its connections are plain.
-func clusterCertificates(a client.Cluster) *certificates {
+func clusterCertificates(a client.Cluster, now func() time.Time) *certificates {
 	if a.CertFile == "" {
 		return nil
 	}
-	return &certificates{cert: a.CertFile, key: a.KeyFile, authority: a.CAFile, make: func(pair tls.Certificate, authorities *x509.CertPool) *tls.Config {
+	return &certificates{cert: a.CertFile, key: a.KeyFile, authority: a.CAFile, clock: now, make: func(pair tls.Certificate, authorities *x509.CertPool) *tls.Config {
 		return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert,
-			ClientCAs: authorities, RootCAs: authorities, SessionTicketsDisabled: true}
+			ClientCAs: authorities, RootCAs: authorities, SessionTicketsDisabled: true, Time: now}
 	}}
 }
 
@@ -260,7 +260,7 @@ func (p *Process) knowCluster(a client.Cluster) {
 		p.log.Error("open.json", "error", err)
 		return
 	}
-	p.cluster.know(a, clusterCertificates(a))
+	p.cluster.know(a, clusterCertificates(a, p.cfg.Now))
 }
 
 // resumeCluster listens and serves, if a cluster is known and it does not already.

@@ -45,6 +45,8 @@ type Config struct {
 	BootID string
 	// OpenFS opens the directory of a disk; default disk.OpenReal.
 	OpenFS func(path string) (disk.FS, error)
+	// Now is the clock by which other nodes' certificates are judged, and this node's; nil: time.Now.
+	Now func() time.Time
 	// Log gets what happened; default: standard error, bounded if that is the run directory's data.log.
 	Log *slog.Logger
 	// NoExec leaves the process as it is: no PR_SET_IO_FLUSHER, for which it would execute itself, and no raised limits. For tests.

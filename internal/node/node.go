@@ -58,6 +58,8 @@ type Config struct {
 	Binary string
 	// Systemd: holder and data process are units of systemd's; see hold.Config.
 	Systemd bool
+	// StartHolder starts the holder in place of Binary; see hold.Config. Nil: Binary is started.
+	StartHolder func(context.Context) error
 	// Now tells the time of this node's clock; nil: time.Now. Durations and leases do not follow it.
 	Now func() time.Time
 	// Log takes what a record cannot; nil: dropped.
@@ -380,7 +382,7 @@ func ignoreClosed(err error) error {
 }
 
 func (n *Node) holdConfig() hold.Config {
-	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Systemd: n.cfg.Systemd, Log: n.cfg.Log}
+	return hold.Config{RunDir: n.cfg.RunDir, Binary: n.cfg.Binary, Systemd: n.cfg.Systemd, Start: n.cfg.StartHolder, Log: n.cfg.Log}
 }
 
 // openCatalogue opens the catalogue, and says who leads. In a cluster it is opened later, because that may take long: openLate does it.

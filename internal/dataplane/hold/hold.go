@@ -13,6 +13,7 @@
 package hold
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -31,6 +32,8 @@ type Config struct {
 	HoldArgs, DataArgs []string
 	// Systemd has the holder and the data process started as units (systemd.go), not as processes of whoever needs them.
 	Systemd bool
+	// Start starts the holder in place of Binary, and returns when it answers: for one that is no process of its own (package testbed). Nil: Binary is started.
+	Start func(context.Context) error
 	// Log gets what happened. Default: in Run standard error, bounded if that is HoldLog; elsewhere nothing.
 	Log *slog.Logger
 }

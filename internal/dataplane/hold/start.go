@@ -49,6 +49,9 @@ func intermediate(ctx context.Context, cfg Config) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
 	defer cancel()
+	if cfg.Start != nil {
+		return cfg.Start(ctx)
+	}
 	if err := os.MkdirAll(cfg.RunDir, 0o755); err != nil {
 		return fmt.Errorf("start the holder: %w", err)
 	}
