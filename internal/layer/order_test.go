@@ -163,16 +163,21 @@ func TestPruneCrash(t *testing.T) {
 	t.Logf("crash points: %d", c.points.Load()+c.kills.Load())
 }
 
+// longLog is limitsFor, but for every second seed, which makes no checkpoint by itself: all that was written is in the log alone when the layer is sealed or opened again.
+func longLog(seed uint64) limits {
+	lim := limitsFor(seed)
+	if seed%2 == 1 {
+		lim.segmentBytes, lim.uncovered = 32<<10, 1000
+	}
+	return lim
+}
+
 // TestSealCrash fails the power at every step of a snapshot, many times each, with first writes that were not flushed.
 func TestSealCrash(t *testing.T) {
 	c := &crasher{t: t, copies: 5}
 	for seed := range uint64(steps(t, 2)) {
 		c.rand = rand.New(rand.NewPCG(seed, 45))
-		lim := limitsFor(seed)
-		if seed%2 == 1 { // no checkpoint before the snapshot: its map has everything to say, and the log alone knows it
-			lim.segmentBytes, lim.uncovered = 32<<10, 1000
-		}
-		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, lim)
+		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, longLog(seed))
 		w.note("seed %d", seed)
 		for range 3 {
 			for range 4 {
@@ -191,9 +196,9 @@ func TestSealCrash(t *testing.T) {
 // TestKillThenPowerCut opens what a killed process left in the page cache, and fails the power at every step of that, many times each.
 func TestKillThenPowerCut(t *testing.T) {
 	c := &crasher{t: t, copies: 10}
-	for seed := range uint64(steps(t, 2)) {
+	for seed := range uint64(steps(t, 4)) {
 		c.rand = rand.New(rand.NewPCG(seed, 46))
-		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, limitsFor(seed))
+		w := newWorld(t, seed, disk.MemOptions{Seed: seed}, longLog(seed))
 		w.note("seed %d", seed)
 		for range 4 {
 			for range 3 {
