@@ -14,7 +14,7 @@ import (
 	"go.uber.org/goleak"
 
 	"ashlar/internal/api"
-	"ashlar/internal/api/client"
+	apiclient "ashlar/internal/api/client"
 	"ashlar/internal/nbd"
 	"ashlar/internal/testbed"
 )
@@ -96,10 +96,10 @@ func (c *inside) stored(volume string, on int) {
 	c.Helper()
 	cl := c.Nodes[on].Client
 	tag := "only-" + volume
-	if _, err := cl.ChangeNode(c.ctx, c.Nodes[on].Name, client.NodeChange{Tags: []string{tag}}); err != nil {
+	if _, err := cl.ChangeNode(c.ctx, c.Nodes[on].Name, apiclient.NodeChange{Tags: []string{tag}}); err != nil {
 		c.Fatal(err)
 	}
-	if _, err := cl.CreateVolume(c.ctx, client.NewVolume{Name: volume, Size: "16Mi", NodeSelector: []string{tag}}); err != nil {
+	if _, err := cl.CreateVolume(c.ctx, apiclient.NewVolume{Name: volume, Size: "16Mi", NodeSelector: []string{tag}}); err != nil {
 		c.Fatal(err)
 	}
 	c.volumeIs(on, volume, "detached")
@@ -120,7 +120,7 @@ func (c *inside) volumeIs(i int, volume, state string) api.Volume {
 // attach attaches a volume on a node, asked on another, and connects to it.
 func (c *inside) attach(volume string, on, through int) *nbd.Client {
 	c.Helper()
-	if _, err := c.Nodes[through].Client.Attach(c.ctx, volume, client.Attachment{Node: c.Nodes[on].Name, Frontend: "nbd"}); err != nil {
+	if _, err := c.Nodes[through].Client.Attach(c.ctx, volume, apiclient.Attachment{Node: c.Nodes[on].Name, Frontend: "nbd"}); err != nil {
 		c.Fatal(err)
 	}
 	v := c.volumeIs(through, volume, "attached")
@@ -186,7 +186,7 @@ func TestInside(t *testing.T) {
 		n, err := c.Nodes[0].Client.Node(c.ctx, "node3")
 		return err == nil && n.State == api.NodeDown
 	})
-	if _, err := c.Nodes[1].Client.Detach(c.ctx, "v1", client.Detachment{}); err != nil {
+	if _, err := c.Nodes[1].Client.Detach(c.ctx, "v1", apiclient.Detachment{}); err != nil {
 		t.Fatal(err)
 	}
 	c.volumeIs(1, "v1", "detached")
