@@ -259,6 +259,6 @@ func (a *Authority) fresh(c *tls.Certificate, names []string) bool {
 	}
 	slices.Sort(have)
 	slices.Sort(want)
-	now, life := a.now(), c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
-	return !now.Before(c.Leaf.NotBefore) && slices.Equal(slices.Compact(have), slices.Compact(want)) && now.Add(life/3).Before(c.Leaf.NotAfter)
+	life := c.Leaf.NotAfter.Sub(c.Leaf.NotBefore)
+	return !a.now().Before(c.Leaf.NotBefore) && slices.Equal(slices.Compact(have), slices.Compact(want)) && a.now().Add(life/3).Before(c.Leaf.NotAfter)
 }
