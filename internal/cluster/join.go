@@ -81,7 +81,8 @@ func skew(whose string, theirs, ours time.Time) string {
 	if d < 0 {
 		way = "behind"
 	}
-	return fmt.Sprintf("%s clock is %s %s this one's; nodes take an hour at most: set it (and have it kept, by chrony or systemd-timesyncd), then join again", whose, d.Abs(), way)
+	return fmt.Sprintf("%s clock is %s %s this one's (%s there, %s here); nodes take an hour at most: set it (and have it kept, by chrony or systemd-timesyncd), then join again",
+		whose, d.Abs(), way, theirs.UTC().Format(time.RFC3339), ours.UTC().Format(time.RFC3339))
 }
 
 // JoinConfig is what Join needs.
