@@ -8,10 +8,8 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -48,6 +46,7 @@ type Control struct {
 	away bool
 	// held keeps records from being written again and again from an old picture: until they change, or a while has passed.
 	held map[catalog.Key]time.Time
+	told telling
 	// planned is how long this round's plans took.
 	planned time.Duration
 }
@@ -97,9 +96,9 @@ func (c *Control) Run(ctx context.Context) error {
 
 // lead follows the catalogue and plans at every change.
 func (c *Control) lead(ctx context.Context) error {
-	c.view, c.held = plan.NewView(), map[catalog.Key]time.Time{}
+	c.view, c.held, c.told = plan.NewView(), map[catalog.Key]time.Time{}, telling{last: map[catalog.Key]time.Time{}}
 	ctx, cancel := context.WithCancel(ctx)
-	batches := make(chan catalog.Batch, 64)
+	batches := make(chan catalog.Batch, 4096) // a round's own writes come back here, and must not stand before others' for several rounds
 	done := make(chan error, 1)
 	follow := func() {
 		done <- catalog.Follow(ctx, c.cfg.Catalog, func(b catalog.Batch) error {
@@ -123,13 +122,13 @@ func (c *Control) lead(ctx context.Context) error {
 			return err
 		case b := <-batches:
 			c.take(b)
-			c.drain(batches)
 		case <-timer.C:
 		}
-		wait := c.cfg.Resync
+		c.drain(batches)
 		c.planned = 0
-		if again := c.round(ctx); again {
-			wait = holdFor
+		wait := c.round(ctx)
+		if wait < 0 {
+			wait = c.cfg.Resync
 		}
 		if rest := min(share*c.planned, restMax); rest > 0 {
 			timer.Reset(rest)
@@ -159,73 +158,103 @@ func (c *Control) take(b catalog.Batch) {
 		c.view.Reset()
 	}
 	for _, ev := range b.Events {
-		delete(c.held, ev.Key)
+		if delete(c.held, ev.Key); ev.Value == nil {
+			delete(c.told.last, ev.Key)
+		}
 		if err := c.view.Apply(ev); err != nil {
 			c.cfg.Log.Error("record cannot be read", "error", err)
 		}
 	}
 }
 
-// round plans and writes until there is nothing left to write; it tells whether something was held back.
-func (c *Control) round(ctx context.Context) (again bool) {
-	const bound = 16 // each round does all it can; more of them only follow from what the first wrote
-	for range bound {
+// round plans and writes until there is nothing left to do, and tells some of what there is to be told; wait is when it has more to do although nothing changes, below zero: never.
+func (c *Control) round(ctx context.Context) (wait time.Duration) {
+	const bound = 16 // each turn does all it can; more of them only follow from what the first wrote
+	wait = -1
+	for n := range bound {
 		if c.away || ctx.Err() != nil {
-			return false
+			return -1
 		}
-		wrote := false
 		now := c.cfg.Now()
-		failed := map[string]bool{}
 		began := time.Now() // a duration, whatever Now is
 		writes := plan.Cluster(plan.ClusterInput{View: c.view, Now: now, NewID: c.cfg.NewID, API: c.cfg.API})
 		c.planned += time.Since(began)
-		for _, w := range writes {
-			if until, ok := c.held[w.Key]; ok && now.Before(until) || w.Group != "" && failed[w.Group] {
-				failed[w.Group], again = true, true
-				continue
-			}
-			put, err := c.write(ctx, w)
-			if err != nil {
-				failed[w.Group], again = true, true
-				c.held[w.Key] = now.Add(holdFor)
-				if !errors.Is(err, catalog.ErrConflict) && !errors.Is(err, catalog.ErrNotFound) && ctx.Err() == nil {
-					c.cfg.Log.Warn("write failed", "error", err)
-				}
-				continue
-			}
-			wrote = wrote || put
+		does := 0
+		for does < len(writes) && writes[does].For == plan.Does {
+			does++
 		}
-		if !wrote {
-			return again
+		wrote, late := c.do(ctx, writes[:does], now)
+		if late {
+			wait = holdFor
 		}
+		if wrote && n < bound-1 {
+			continue
+		}
+		if wrote {
+			wait = 0
+		}
+		if more := c.tell(ctx, writes[does:], now); more >= 0 && (wait < 0 || more < wait) {
+			wait = more
+		}
+		break
 	}
-	return true
+	return wait
 }
 
-// write carries one write out and applies it to the view: what was put is planned with at once, what was deleted when the watch shows it.
-func (c *Control) write(ctx context.Context, w plan.Write) (put bool, err error) {
-	if w.Value == nil {
-		// Held until the watch shows it, or the next plan would delete it again.
-		c.held[w.Key] = c.cfg.Now().Add(holdFor)
-		err = c.cfg.Catalog.Delete(ctx, w.Key, w.Was)
-	} else {
-		var value []byte
-		var rev catalog.Rev
-		if value, err = json.Marshal(w.Value); err == nil {
-			rev, err = c.cfg.Catalog.Put(ctx, w.Key, value, w.Was)
+// do carries writes out: those of volumes, which have nothing to do with each other, several volumes at a time, all others one after the other. late tells that some were held back or failed.
+func (c *Control) do(ctx context.Context, writes []plan.Write, now time.Time) (wrote, late bool) {
+	failed := map[string]bool{}
+	for len(writes) > 0 {
+		groups, n := together(writes)
+		writes = writes[n:]
+		for i, g := range groups {
+			ready := c.ready(g, now)
+			if failed[g[0].Group] {
+				ready = nil
+			}
+			if len(ready) < len(g) {
+				failed[g[0].Group], late = g[0].Group != "", true
+			}
+			groups[i] = ready
 		}
-		if err == nil {
-			put = true
-			err = c.view.Apply(catalog.Event{Entry: catalog.Entry{Key: w.Key, Value: value, Rev: rev}})
+		answers, away := c.carryAll(ctx, groups)
+		for i, g := range groups {
+			for k, a := range answers[i] {
+				put, err := c.took(ctx, g[k], a)
+				if err != nil {
+					failed[g[k].Group], late = g[k].Group != "", true
+				}
+				wrote = wrote || put
+			}
+		}
+		if away { // each of the others would wait as long
+			return wrote, true
 		}
 	}
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", w.Key, err)
+	return wrote, late
+}
+
+// together takes from the beginning of writes what may be carried out at the same time: the groups of volumes, or one write of something else. n is how many writes that are.
+func together(writes []plan.Write) (groups [][]plan.Write, n int) {
+	for n < len(writes) && strings.HasPrefix(writes[n].Group, "volume/") {
+		first := n
+		for n < len(writes) && writes[n].Group == writes[first].Group {
+			n++
+		}
+		groups = append(groups, writes[first:n])
 	}
-	for _, ev := range w.Notes {
-		if err := catalog.Note(ctx, c.cfg.Catalog, ev); err != nil {
-			c.cfg.Log.Warn("event lost", "error", err)
+	if n == 0 {
+		return [][]plan.Write{writes[:1]}, 1
+	}
+	return groups, n
+}
+
+// ready is a group up to the first write that is held back.
+func (c *Control) ready(group []plan.Write, now time.Time) []plan.Write {
+	for i, w := range group {
+		if until, ok := c.held[w.Key]; ok && now.Before(until) {
+			return group[:i]
 		}
 	}
-	return put, nil
+	return group
 }

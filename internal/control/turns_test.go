@@ -16,20 +16,23 @@ import (
 // pausing stops whoever writes through it before its next write, when it is told to, and lets it go on when it is told to: a process that was stopped and does not know it.
 type pausing struct {
 	*catalog.Mem
-	mu     sync.Mutex
-	left   int // writes until it stops; below zero: it does not
-	paused int
-	writes int
-	goOn   chan struct{}
+	mu      sync.Mutex
+	left    int // writes until it stops; below zero: it does not
+	paused  int
+	stopped bool // one waits, so all who write wait: it is the process that was stopped
+	writes  int
+	goOn    chan struct{}
 }
 
 func (p *pausing) wait() {
 	p.mu.Lock()
 	p.writes++
-	stop := p.left == 0
-	if p.left--; stop {
+	stop := p.left <= 0 && p.stopped
+	if p.left == 0 && !p.stopped {
+		stop, p.stopped = true, true
 		p.paused++
 	}
+	p.left--
 	goOn := p.goOn
 	p.mu.Unlock()
 	if stop {
@@ -41,7 +44,7 @@ func (p *pausing) wait() {
 func (p *pausing) after(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.left, p.goOn = n, make(chan struct{})
+	p.left, p.stopped, p.goOn = n, false, make(chan struct{})
 }
 
 // stops is how often it was stopped since it was asked last.
@@ -56,7 +59,7 @@ func (p *pausing) stops() int {
 func (p *pausing) resume() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.left = -1
+	p.left, p.stopped = -1, false
 	close(p.goOn)
 }
 

@@ -13,6 +13,7 @@ import (
 const (
 	keepEvents     = 24 * time.Hour
 	maxEvents      = 1000
+	maxComplaints  = 200 // events that a volume has no place: every volume says so itself, and the events of a thousand would push out all others
 	keepOperations = time.Hour
 	keepJoins      = 24 * time.Hour
 )

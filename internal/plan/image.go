@@ -327,6 +327,12 @@ func (s *imageNow) observe() []Write {
 	}
 	o := freshImage(s.img.Observed.Value, s.w)
 	write := Write{Group: "image/" + s.w.Name, Key: catalog.ImageKey(catalog.Observed, s.w.Name), Was: s.img.Observed.Rev}
+	if len(stale) == 0 {
+		write.For = Tells
+		if o.Error != "" && s.text != "" {
+			write.For = Retell
+		}
+	}
 	if s.blocked && s.text != o.Error {
 		ev := note(s.c.in.Now, catalog.Normal, catalog.KindImage, s.w.Name, catalog.ReasonFailedDeleting)
 		ev.Message = s.text

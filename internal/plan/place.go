@@ -173,7 +173,7 @@ func (p *placer) place(w want) (s spot, why []string, ok bool) {
 }
 
 func (p *placer) choose(w want) (best choice, why []string, ok bool) {
-	key := fmt.Sprintf("%q", []any{w.sizeBytes, w.needBytes, w.have, w.not, w.only, w.nodeTags, w.diskTags})
+	key := fmt.Sprintf("%d %d %q %v %q %q %q", w.sizeBytes, w.needBytes, w.have, w.not, w.only, w.nodeTags, w.diskTags)
 	if why := p.vain[key]; why != nil { // what had no place has none now: only more was promised since
 		return choice{}, why, false
 	}

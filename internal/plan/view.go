@@ -179,7 +179,18 @@ type Write struct {
 	Value any
 	Was   catalog.Rev
 	Notes []catalog.EventRecord
+	For   Purpose
 }
+
+// Purpose is what a write is good for. Writes of a higher one may wait for all others.
+type Purpose int
+
+// The purposes.
+const (
+	Does   Purpose = iota // something follows from it
+	Tells                 // it tells people why something is not done, and nothing follows from it
+	Retell                // as Tells, but it says the same as the record does, in other words: other figures, other disks
+)
 
 // sorted iterates over a map by key: plans are the same for the same picture.
 func sorted[K cmp.Ordered, V any](m map[K]V) []K { return slices.Sorted(maps.Keys(m)) }

@@ -1,6 +1,7 @@
 package plan
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -17,7 +18,8 @@ type ClusterInput struct {
 	API   Window        // what this build speaks between nodes; zero: not compared
 }
 
-// Cluster says what the leader writes next, in this order. No record is written twice.
+// Cluster says what the leader writes next, in this order: what does something stands before what only tells why something is not done, however many volumes that is told of. No record
+// is written twice.
 func Cluster(in ClusterInput) []Write {
 	c := newLeader(in)
 	var out []Write
@@ -32,7 +34,9 @@ func Cluster(in ClusterInput) []Write {
 	out = append(out, oldOperations(in)...)
 	out = append(out, oldJoins(in)...)
 	out = append(out, liveness(in)...)
-	return append(out, oldEvents(in)...)
+	out = append(out, oldEvents(in)...)
+	slices.SortStableFunc(out, func(a, b Write) int { return cmp.Compare(a.For, b.For) })
+	return out
 }
 
 // leader makes one plan of the cluster: the picture, with indexes of what is asked of it over and over.
@@ -52,6 +56,8 @@ type leader struct {
 	moves   moves
 	left    map[string]*left // node -> what lies on it
 	named   map[string]bool  // ids of disks that some record has something on
+
+	complaints int // events that say of a volume that it has no place: those there are, and those of this plan
 }
 
 // diskName is a disk as people know it.
@@ -82,6 +88,11 @@ func newLeader(in ClusterInput) *leader {
 	for name, img := range c.v.Images {
 		if w := img.Wanted.Value; w.SourceType == catalog.SourceVolume && w.Deleted == nil && coming(img) {
 			c.readers[w.Parameters["volume-name"]] = name
+		}
+	}
+	for _, ev := range c.v.Events {
+		if ev.Value.Reason == catalog.ReasonSchedulingFailure {
+			c.complaints++
 		}
 	}
 	return c
@@ -288,7 +299,7 @@ func (c *leader) observe(s *volumeNow) []Write {
 		return nil
 	}
 	o := freshObserved(s.vol.Observed.Value, s.w)
-	write := Write{Group: "volume/" + s.w.Name, Key: catalog.VolumeKey(catalog.Observed, s.w.Name), Was: s.vol.Observed.Rev}
+	write := Write{Group: "volume/" + s.w.Name, Key: catalog.VolumeKey(catalog.Observed, s.w.Name), Was: s.vol.Observed.Rev, For: Retell}
 	tell := func(reason, message string) {
 		ev := note(c.in.Now, catalog.Warning, catalog.KindVolume, s.w.Name, reason)
 		ev.Message = message
@@ -297,8 +308,14 @@ func (c *leader) observe(s *volumeNow) []Write {
 	if scheduled != nil {
 		setCondition(o.Conditions, catalog.ConditionScheduled, *scheduled, c.in.Now)
 		if was.Conditions[catalog.ConditionScheduled].Status != scheduled.Status {
-			tell(catalog.ReasonSchedulingFailure, scheduled.Message)
+			write.For = Tells
+			if c.complaints++; c.complaints <= maxComplaints {
+				tell(catalog.ReasonSchedulingFailure, scheduled.Message)
+			}
 		}
+	}
+	if hadEvict != (s.evict != nil) || s.evict != nil && was.Conditions[catalog.ConditionEvicting].Status != s.evict.Status {
+		write.For = Tells
 	}
 	if delete(o.Conditions, catalog.ConditionEvicting); s.evict != nil {
 		evict := *s.evict
@@ -309,6 +326,7 @@ func (c *leader) observe(s *volumeNow) []Write {
 		o.Conditions[catalog.ConditionEvicting] = evict
 	}
 	if lost != "" {
+		write.For = Tells
 		if was.Robustness != catalog.RobustnessFaulted || was.Error != lost {
 			tell("Faulted", lost)
 		}
