@@ -648,7 +648,7 @@ func TestKnown(t *testing.T) {
 	me := Peer{Name: "n1", NodeID: w.state.NodeID, Address: w.at}
 	try := func(t2 *identity.NodeTLS) map[string]error {
 		out := map[string]error{}
-		for _, path := range []string{"/node/v1/renew", "/node/v1/authority", "/v1/volumes", "/node/v1/ledger/read"} {
+		for _, path := range []string{"/node/v1/self", "/node/v1/renew", "/node/v1/authority", "/v1/volumes", "/node/v1/ledger/read"} {
 			in := any(renewRequest{Request: "x", Host: "127.0.0.1"})
 			if path == "/node/v1/ledger/read" {
 				continue // it speaks its own words: below
@@ -660,7 +660,7 @@ func TestKnown(t *testing.T) {
 	}
 	mine := must[*identity.NodeTLS](t)(c.Dir.TLS(nil))
 	got := try(mine)
-	if !errors.Is(got["/node/v1/renew"], client.ErrInvalid) || got["/node/v1/authority"] != nil || got["/v1/volumes"] != nil {
+	if got["/node/v1/self"] != nil || !errors.Is(got["/node/v1/renew"], client.ErrInvalid) || got["/node/v1/authority"] != nil || got["/v1/volumes"] != nil {
 		t.Errorf("a node of the cluster: %v", got)
 	}
 	refused := func(what string, got map[string]error) {
@@ -873,6 +873,38 @@ func TestKeeper(t *testing.T) {
 		t.Fatal(err)
 	}
 	step("removed", ErrRemoved, "")
+}
+
+// TestStillThere: a node that was removed, and that the catalogue therefore refuses, hears it from another node; one that nobody speaks to goes on asking.
+func TestStillThere(t *testing.T) {
+	w := found(t)
+	c := w.joiner("n2")
+	s := w.join(c)
+	away := catalog.NewMem() // what n2 has of the catalogue
+	defer away.Close()
+	k := w.keeper(c.Dir, s)
+	k.cfg.Catalog = away
+	away.Away(true)
+	if err := k.step(t.Context()); !errors.Is(err, catalog.ErrUnreachable) || errors.Is(err, ErrRemoved) {
+		t.Errorf("a node without a catalogue: %v", err)
+	}
+	n := w.wanted("n2")
+	n.ID = "" // as `ashlar recover` makes it
+	put(w, catalog.NodeKey(catalog.Wanted, "n2"), n)
+	if err := StillThere(t.Context(), k.cfg.TLS, s); err != nil {
+		t.Errorf("a node whose record has no id: %v", err)
+	}
+	e := must[catalog.Entry](t)(w.cat.Get(t.Context(), catalog.NodeKey(catalog.Wanted, "n2")))
+	if err := w.cat.Delete(t.Context(), e.Key, e.Rev); err != nil {
+		t.Fatal(err)
+	}
+	if err := k.step(t.Context()); !errors.Is(err, ErrRemoved) {
+		t.Errorf("a removed node: %v, want ErrRemoved", err)
+	}
+	w.cat.Away(true)
+	if err := StillThere(t.Context(), k.cfg.TLS, s); err != nil {
+		t.Errorf("where nobody can say: %v", err)
+	}
 }
 
 // TestTidy has the node whose member leads remove the members of nodes that are gone, and only it.

@@ -27,6 +27,8 @@ type KeeperConfig struct {
 	Etcd     Etcd
 	// Rejoin makes a place for this node's member, which is to be as the State says: etcd.Rejoin.
 	Rejoin func(context.Context, State) error
+	// Roster is kept as the records are; nil: nobody asks it.
+	Roster *Roster
 	// Running: this node's member runs. It does not if it failed, or if the node is none.
 	Running func() bool
 	Look    time.Duration    // how often it looks although nothing changed; zero: 10 s
@@ -69,13 +71,20 @@ func (k *Keeper) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
+	if k.cfg.Roster != nil {
+		wg.Go(func() { k.cfg.Roster.follow(ctx, k.cfg.Catalog) })
+	}
 	wg.Go(func() {
-		_ = catalog.Follow(ctx, k.cfg.Catalog, func(b catalog.Batch) error {
-			if b.Reset || slices.ContainsFunc(b.Events, func(e catalog.Event) bool { return e.Key.Kind == catalog.KindNode && e.Key.Part == catalog.Wanted }) {
+		_ = catalog.Follow(ctx, k.cfg.Catalog, func(b catalog.Batch) error { // it ends with ctx alone
+			nodes := b.Reset || slices.ContainsFunc(b.Events, func(e catalog.Event) bool { return e.Key.Kind == catalog.KindNode && e.Key.Part == catalog.Wanted })
+			if nodes {
 				select {
 				case changed <- struct{}{}:
 				default:
 				}
+			}
+			if k.cfg.Roster != nil && (nodes || b.Away) {
+				k.cfg.Roster.ask()
 			}
 			return ctx.Err()
 		})
@@ -123,6 +132,8 @@ func (k *Keeper) step(ctx context.Context) error {
 		return err
 	case errors.Is(err, catalog.ErrNotFound), err == nil && me.ID != k.state.NodeID:
 		return fmt.Errorf("node %s (%s): %w", k.state.Name, k.state.NodeID, ErrRemoved)
+	case err != nil && k.cfg.Embedded: // a node that was removed is refused, and would never read it
+		return errors.Join(err, StillThere(ctx, k.cfg.TLS, k.state))
 	case err != nil || !k.cfg.Embedded:
 		return err
 	}

@@ -59,6 +59,7 @@ func NewServer(cfg ServerConfig) *Server {
 	}
 	s := &Server{cfg: cfg, mux: http.NewServeMux()}
 	s.mux.Handle("POST /node/v1/join", windowed(s.serveJoin))
+	s.mux.Handle("POST /node/v1/self", windowed(s.serveSelf))
 	s.mux.Handle("POST /node/v1/renew", windowed(s.known(s.serveRenew)))
 	s.mux.Handle("POST /node/v1/authority", windowed(s.known(s.serveAuthority)))
 	// Data processes ask for these, with a window of their own.
@@ -120,6 +121,41 @@ func (s *Server) peer(r *http.Request) (catalog.NodeWanted, error) {
 		return n, nil
 	}
 	return n, client.Failure(client.CodeFenced, fmt.Sprintf("node %s (%s) is none of this cluster: it was removed, or another has its name", who.Name, who.NodeID))
+}
+
+// selfAnswer is what a node of the cluster is told that asks whether it still is one.
+type selfAnswer struct{}
+
+// serveSelf tells a node whether it is one of the cluster. One whose record has no id yet is (it was made anew by `ashlar recover`, and the node itself sees to that).
+func (s *Server) serveSelf(w http.ResponseWriter, r *http.Request) {
+	n, err := s.peer(r)
+	if errors.Is(err, client.ErrFenced) && n.Name != "" && n.ID == "" {
+		err = nil
+	}
+	if err != nil {
+		refuse(w, err)
+		return
+	}
+	answer(w, http.StatusOK, selfAnswer{})
+}
+
+// StillThere asks the other nodes that keep the catalogue whether a node still is one of the cluster: for who cannot ask the catalogue itself, which refuses a node that was removed.
+// ErrRemoved if one says so; nil if one says that it is, or nobody can say.
+func StillThere(ctx context.Context, t *identity.NodeTLS, s State) error {
+	for _, m := range s.Members {
+		at, ok := m.nodePort()
+		if m.Name == s.Name || !ok {
+			continue
+		}
+		err := ask(ctx, transport(t, Peer{Name: m.Name, Address: at}), at, question{"/node/v1/self", struct{}{}, &selfAnswer{}})
+		if errors.Is(err, client.ErrFenced) {
+			return fmt.Errorf("node %s (%s), says node %s: %w", s.Name, s.NodeID, m.Name, ErrRemoved)
+		}
+		if err == nil {
+			return nil
+		}
+	}
+	return nil
 }
 
 func (s *Server) serveJoin(w http.ResponseWriter, r *http.Request) {

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -53,6 +55,16 @@ type Member struct {
 	Name      string `json:"name"` // the node's
 	PeerURL   string `json:"peerURL"`
 	ClientURL string `json:"clientURL"`
+}
+
+// nodePort is where the node of a member answers other nodes.
+func (m Member) nodePort() (address string, ok bool) {
+	u, err := url.Parse(m.PeerURL)
+	if err != nil {
+		return "", false
+	}
+	port, err := strconv.Atoi(u.Port())
+	return Address(u.Hostname(), port, catalog.PortNode-catalog.PortEtcdPeer), err == nil
 }
 
 // Discard is what a node left behind when it joined.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"ashlar/internal/agent"
@@ -66,6 +67,11 @@ func (n *Node) loadCluster() error {
 	if n.tls, err = identity.OpenNodeTLS(files); err != nil {
 		return fmt.Errorf("the node's identity: %w", err)
 	}
+	n.roster = cluster.OpenRoster(cluster.RosterConfig{Dir: n.dir(), State: s, Log: n.cfg.Log, Changed: func() {
+		if store := n.store.Load(); store != nil {
+			store.Expel(n.roster.Knows)
+		}
+	}})
 	return nil
 }
 
@@ -97,7 +103,7 @@ func (n *Node) clusterOptions(s cluster.State) etcd.Options {
 	listen := listenHost(s.Host)
 	m := &etcd.Member{
 		Name: s.Name, PeerListen: cluster.Address(listen, s.Port, catalog.PortEtcdPeer), ClientListen: cluster.Address(listen, s.Port, catalog.PortEtcdClient),
-		PeerURL: self.PeerURL, ClientURL: self.ClientURL, Files: files,
+		PeerURL: self.PeerURL, ClientURL: self.ClientURL, Files: files, Admit: n.roster.Admit,
 	}
 	for _, x := range s.Members {
 		m.Members = append(m.Members, etcd.Peer{Name: x.Name, PeerURL: x.PeerURL, ClientURL: x.ClientURL})
@@ -125,8 +131,49 @@ const (
 	memberRetry = 5 * time.Minute
 )
 
-// openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked.
+// openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked. A node that
+// was removed meanwhile is refused by the catalogue, and hears it from the others.
 func (n *Node) openLate(ctx context.Context, l *late) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel(nil)
+	opened := make(chan struct{})
+	wg.Go(func() {
+		if err := n.removedMeanwhile(ctx, opened); err != nil {
+			cancel(err)
+		}
+	})
+	return n.openUntil(ctx, l, opened)
+}
+
+// removedMeanwhile asks the other nodes, until the catalogue is open, whether this one still is one of them: cluster.ErrRemoved if not.
+func (n *Node) removedMeanwhile(ctx context.Context, opened <-chan struct{}) error {
+	if !n.embedded() {
+		return nil
+	}
+	tick := time.NewTicker(openRetry)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-opened:
+			return nil
+		case <-tick.C:
+		}
+		if err := cluster.StillThere(ctx, n.tls, *n.state); errors.Is(err, cluster.ErrRemoved) {
+			return n.goodbye(err)
+		}
+	}
+}
+
+// goodbye says what can be done with a machine that was removed.
+func (n *Node) goodbye(err error) error {
+	return fmt.Errorf("%w; to use this machine again, move %s away and start with an empty disk", err, n.cfg.DataDir)
+}
+
+func (n *Node) openUntil(ctx context.Context, l *late, opened chan<- struct{}) error {
 	options := n.options()
 	n.cfg.Log.Info("waiting for a majority of the catalogue's voters", "voter", n.state.Voter, "members", strings.Join(n.state.Endpoints(), " "))
 	l.waits(fmt.Errorf("waiting for a majority of the catalogue's voters: %s", strings.Join(n.state.Endpoints(), " ")))
@@ -134,6 +181,7 @@ func (n *Node) openLate(ctx context.Context, l *late) error {
 		s, err := etcd.Open(ctx, options)
 		if err == nil {
 			n.cfg.Log.Info("the catalogue answers")
+			close(opened)
 			n.store.Store(s) // before l.set lets go of who asks how the member is
 			if err := l.set(s); err != nil {
 				return err
@@ -272,15 +320,23 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
 	n.loop("cluster", l.after(func(ctx context.Context) error {
 		keeper := cluster.NewKeeper(cluster.KeeperConfig{
-			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Running: n.memberRuns, Now: n.cfg.Now, Log: n.cfg.Log,
+			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Roster: n.guarding(), Running: n.memberRuns, Now: n.cfg.Now, Log: n.cfg.Log,
 			Rejoin: func(ctx context.Context, s cluster.State) error { return etcd.Rejoin(ctx, n.clusterOptions(s)) },
 		})
 		err := keeper.Run(ctx)
 		if errors.Is(err, cluster.ErrRemoved) {
-			err = fmt.Errorf("%w; to use this machine again, move %s away and start with an empty disk", err, n.cfg.DataDir)
+			err = n.goodbye(err)
 		}
 		return err
 	}))
+}
+
+// guarding is the roster that is to be kept up to date: of a node that has ports of etcd's.
+func (n *Node) guarding() *cluster.Roster {
+	if n.state.Voter && n.embedded() {
+		return n.roster
+	}
+	return nil
 }
 
 // hold keeps the record that says that this node lives. A node that is built anew lets its lease run on for that time, or every change of what it is would look like a death to the others: then the

@@ -4,12 +4,15 @@ package node_test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -248,6 +251,14 @@ func (c *crowd) removed() {
 	c.do(0, "node", "remove", "node2")
 	c.voters(0, "node1", "node3", "node4")
 	c.Logf("another voter in place of the removed one after %v", time.Since(start).Round(time.Millisecond))
+	for offset := 1; offset <= 2; offset++ { // etcd's ports, peers and clients
+		if err := c.answers(0, offset, 1); err == nil {
+			c.Errorf("a removed node is let in at port + %d", offset)
+		}
+		if err := c.answers(0, offset, 2); err != nil {
+			c.Errorf("a node is not let in at port + %d: %v", offset, err)
+		}
+	}
 	ctx, cancel := context.WithTimeout(c.ctx, 20*time.Second)
 	defer cancel()
 	p := c.Nodes[1]
@@ -258,6 +269,43 @@ func (c *crowd) removed() {
 	if _, ok := c.nodes(0)["node2"]; ok {
 		c.Error("a removed node has a record again")
 	}
+}
+
+// answers connects to a port of a node's, counted from its first, as another node, and says something: what comes back is an answer, or the end.
+func (c *crowd) answers(of, offset, as int) error {
+	c.Helper()
+	file := filepath.Join(c.Nodes[as].DataDir, "cluster", "node.pem")
+	cert, err := tls.LoadX509KeyPair(file, file)
+	if err != nil {
+		c.Fatal(err)
+	}
+	host, port, err := net.SplitHostPort(c.Host(of))
+	if err != nil {
+		c.Fatal(err)
+	}
+	first, err := strconv.Atoi(port)
+	if err != nil {
+		c.Fatal(err)
+	}
+	protocol, says := "http/1.1", "GET /version HTTP/1.0\r\n\r\n"
+	if offset == 2 {
+		protocol, says = "h2", "" // it is the server that begins
+	}
+	// Whom it speaks to is not what is asked here.
+	d := tls.Dialer{Config: &tls.Config{Certificates: []tls.Certificate{cert}, InsecureSkipVerify: true, NextProtos: []string{protocol}}}
+	conn, err := d.DialContext(c.ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(first+offset)))
+	if err != nil {
+		c.Fatal(err)
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		c.Fatal(err)
+	}
+	if _, err := conn.Write([]byte(says)); err != nil {
+		return err
+	}
+	_, err = conn.Read(make([]byte, 1))
+	return err
 }
 
 // allOff ends every serve. The first that comes back waits for the others, and says so.

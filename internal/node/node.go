@@ -114,6 +114,7 @@ type Node struct {
 
 	state  *cluster.State             // who it is in its cluster; nil: a cluster of one that listens nowhere
 	tls    *identity.NodeTLS          // nil with state
+	roster *cluster.Roster            // nil with state
 	store  atomic.Pointer[etcd.Store] // in a cluster: nil until it is open
 	member atomic.Pointer[memberNote] // what is said of this node's etcd member instead of what store says
 }
