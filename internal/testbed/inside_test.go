@@ -23,7 +23,9 @@ import (
 type inside struct {
 	*testing.T
 	*testbed.Inside
-	ctx context.Context
+	ctx  context.Context
+	log  string          // where all of it writes its log
+	made map[string]bool // volumes, for a while
 }
 
 // startInside starts n nodes that are one cluster; when the test ends nothing may be left of them, no goroutine either.
@@ -63,7 +65,7 @@ func startInside(t *testing.T, n int) *inside {
 		}
 	})
 	t.Logf("%d nodes are a cluster after %v", n, time.Since(start).Round(time.Millisecond))
-	return &inside{T: t, Inside: c, ctx: t.Context()}
+	return &inside{T: t, Inside: c, ctx: t.Context(), log: log.Name(), made: map[string]bool{}}
 }
 
 // until waits until something holds.
@@ -123,7 +125,11 @@ func (c *inside) attach(volume string, on, through int) *nbd.Client {
 	if _, err := c.Nodes[through].Client.Attach(c.ctx, volume, apiclient.Attachment{Node: c.Nodes[on].Name, Frontend: "nbd"}); err != nil {
 		c.Fatal(err)
 	}
-	v := c.volumeIs(through, volume, "attached")
+	var v api.Volume
+	c.until(40*time.Second, "volume "+volume+" is offered on "+c.Nodes[on].Name, func() bool {
+		v = c.volumeIs(through, volume, "attached")
+		return v.Controllers[0].Endpoint != ""
+	})
 	return c.dial(v)
 }
 

@@ -91,7 +91,8 @@ func (c *Client) RemoveDisk(ctx context.Context, node, disk string, o RemoveOpti
 
 // NodeTime asks a node for its clock's time, as exact as a second. The node that answers passes the question on.
 func (c *Client) NodeTime(ctx context.Context, node string) (time.Time, error) {
-	r, err := c.request(ctx, http.MethodHead, at("nodes", node, "")+"/metrics", nil)
+	path := at("nodes", node, "") + "/metrics"
+	r, err := c.request(ctx, http.MethodHead, path, nil)
 	if err != nil {
 		return time.Time{}, err
 	}
@@ -101,6 +102,10 @@ func (c *Client) NodeTime(ctx context.Context, node string) (time.Time, error) {
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
+		// Such an answer has no body, and so no reason: that comes with the same question in full.
+		if err := c.call(ctx, http.MethodGet, path, nil, nil); err != nil {
+			return time.Time{}, err
+		}
 		return time.Time{}, failure(res.StatusCode, nil)
 	}
 	t, err := http.ParseTime(res.Header.Get("Date"))
