@@ -143,7 +143,7 @@ func (c *call) resource(id string, actions ...string) Resource {
 
 func (c *call) resourceOf(n *noun, id string, actions ...string) Resource {
 	self := c.url(n.plural, id)
-	res := Resource{ID: id, Type: n.schema, Links: map[string]string{"self": self}, Actions: map[string]string{}}
+	res := Resource{ID: id, Type: n.schema, Links: map[string]string{"self": self}, Actions: make(map[string]string, len(actions))}
 	for _, a := range actions {
 		res.Actions[a] = self + "?action=" + a
 	}

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -63,6 +64,21 @@ func TestOverviewOfMany(t *testing.T) {
 	var all Collection[Volume]
 	if err := json.Unmarshal(w.Body.Bytes(), &all); err != nil || len(all.Data) != 2500 || !slices.IsSortedFunc(all.Data, func(a, b Volume) int { return strings.Compare(a.Name, b.Name) }) {
 		t.Errorf("%v, %d volumes", err, len(all.Data))
+	}
+}
+
+// TestLongCollection: however long a list is, it is encoded as json.Marshal does it.
+func TestLongCollection(t *testing.T) {
+	for _, n := range []int{0, 1, chunk - 1, chunk, chunk + 1, 2*chunk - 1, 2 * chunk, 3*chunk + 7} {
+		c := Collection[Token]{Type: "collection", ResourceType: "token", Links: map[string]string{"self": "<]}>"}, Data: []Token{}}
+		for i := range n {
+			c.Data = append(c.Data, Token{Name: fmt.Sprint("t]}<", i)})
+		}
+		got, err := encode(c)
+		want, wantErr := json.Marshal(c)
+		if err != nil || wantErr != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d: %d bytes, %v; want %d, %v", n, len(got), err, len(want), wantErr)
+		}
 	}
 }
 

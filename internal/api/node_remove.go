@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,8 +11,9 @@ import (
 	"ashlar/internal/catalog"
 )
 
-// nodeDelete has the cluster forget a node: one that is stopped and has nothing any more. With ?force=true also one that has, if it is dead: what lay on it is given up. It answers when that
-// is recorded; the record goes when all is done. Asking again is no error.
+// nodeDelete has the cluster forget a node that has nothing any more: one that is stopped, or that was emptied and runs; that one gives up its member of the catalogue while there are enough to
+// agree on it, and ends. With ?force=true also one that has something, if it is dead: what lay on it is given up. It answers when that is recorded; the record goes when all is done. Asking
+// again is no error.
 func (h *Handler) nodeDelete(c *call) (any, error) {
 	force := false
 	if text := c.r.URL.Query().Get("force"); text != "" {
@@ -35,6 +37,11 @@ func (h *Handler) nodeDelete(c *call) (any, error) {
 	if err := nodes.mayGo(c.id); err != nil {
 		return nil, err
 	}
+	if nodes.lives(c.id) {
+		if err := h.mayGoAlive(nodes, c.id, force); err != nil {
+			return nil, err
+		}
+	}
 	if err := h.emptied(ctx, nodes, c.id, force); err != nil {
 		return nil, err
 	}
@@ -53,7 +60,13 @@ func (h *Handler) nodeDelete(c *call) (any, error) {
 	return nil, h.gone(c, err)
 }
 
-// mayGo refuses to remove what the cluster needs: the last node, the last member of the catalogue, and whoever lives.
+// lives tells whether a node's serve is there, or was a moment ago.
+func (n nodeSet) lives(name string) bool {
+	_, alive := n.alive[name]
+	return alive || n.up(name)
+}
+
+// mayGo refuses to remove what the cluster needs: the last node, and the last member of the catalogue.
 func (n nodeSet) mayGo(name string) error {
 	others, members := 0, 0
 	for other, w := range n.wanted {
@@ -65,14 +78,37 @@ func (n nodeSet) mayGo(name string) error {
 			members++
 		}
 	}
-	_, lives := n.alive[name]
 	switch {
 	case others == 0:
 		return Failure(CodeConflict, "node %s is the last of the cluster: it cannot be removed; to give up the cluster, shut the node down and delete its data directory", name)
-	case lives || n.up(name):
-		return Failure(CodeConflict, "node %s is running; empty it (`ashlar node drain %s`), stop it (`ashlar shutdown --node %s`), then remove it", name, name, name)
 	case n.wanted[name].Voter && members == 0:
 		return Failure(CodeConflict, "node %s keeps the last member of the catalogue that is left: the cluster would be without one", name)
+	}
+	return nil
+}
+
+// mayGoAlive refuses to remove a node that runs unless it was emptied, and unless those who are left can agree without it: it is asked to give up its member itself, while it can.
+func (h *Handler) mayGoAlive(nodes nodeSet, name string, force bool) error {
+	w := nodes.wanted[name]
+	voters, up := 0, 0
+	var down []string
+	for _, other := range slices.Sorted(maps.Keys(nodes.wanted)) {
+		if v := nodes.wanted[other]; other == name || !v.Voter || v.Deleted != nil {
+			continue
+		}
+		if voters++; nodes.lives(other) {
+			up++
+		} else {
+			down = append(down, other)
+		}
+	}
+	switch {
+	case force || !w.EvictionRequested || w.AllowScheduling:
+		return Failure(CodeConflict, "node %s is running; empty it (`ashlar node drain %s`), then remove it: it ends itself then, or stop it before (`ashlar shutdown --node %s`)", name, name, name)
+	case name == h.cfg.Node:
+		return Failure(CodeConflict, "node %s is the one that was asked, and it ends when it is removed; ask another node to remove it", name)
+	case w.Voter && up <= voters/2:
+		return Failure(CodeConflict, "node %s keeps a member of the catalogue, and without it too few could agree, because nodes are down: %s; start them or remove them first", name, strings.Join(down, ", "))
 	}
 	return nil
 }

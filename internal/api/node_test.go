@@ -193,6 +193,35 @@ func TestVolumeOnASilentNode(t *testing.T) {
 	})
 }
 
+// TestRemoveRunningNode: a node that runs is removed when it was emptied, by another one, and while those who are left can agree.
+func TestRemoveRunningNode(t *testing.T) {
+	inCluster(t, Config{}, func(x *fixture) {
+		emptied := func(name string) {
+			record(x, catalog.NodeKey(catalog.Wanted, name), catalog.NodeWanted{Name: name, ID: id("node" + name), Voter: true, EvictionRequested: true})
+		}
+		emptied("n1")
+		x.refused(CodeConflict, "DELETE", "/v1/nodes/n1", "", "ask another node")
+		emptied("n2")
+		x.refused(CodeConflict, "DELETE", "/v1/nodes/n2?force=true", "", "n2 is running")
+		x.placed("db1", "n2", "")
+		x.refused(CodeInUse, "DELETE", "/v1/nodes/n2", "", "copies of volumes: db1")
+		x.clear(catalog.KindVolume)
+		e, err := x.mem.Get(t.Context(), catalog.AliveKey("n3"))
+		if err == nil {
+			err = x.mem.Delete(t.Context(), e.Key, e.Rev)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.refused(CodeConflict, "DELETE", "/v1/nodes/n2", "", "too few could agree", "n3")
+		record(x, catalog.AliveKey("n3"), catalog.Alive{Node: "n3"})
+		x.want(200, "DELETE", "/v1/nodes/n2", "")
+		if w, _, err := catalog.Read[catalog.NodeWanted](t.Context(), x.mem, catalog.NodeKey(catalog.Wanted, "n2")); err != nil || w.Deleted == nil || w.Lost {
+			t.Errorf("%+v %v", w, err)
+		}
+	})
+}
+
 // TestRemoveNode: only who is stopped and has nothing; by force who is dead.
 func TestRemoveNode(t *testing.T) {
 	inCluster(t, Config{}, func(x *fixture) {

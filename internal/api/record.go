@@ -2,10 +2,13 @@ package api
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"ashlar/internal/catalog"
 )
@@ -35,18 +38,16 @@ func list[W, O any](ctx context.Context, h *Handler, kind catalog.Kind) (listed[
 	if err != nil {
 		return l, err
 	}
-	parts := make([]listed[W, O], (len(entries)+listChunk-1)/listChunk)
-	var wg sync.WaitGroup
-	for i := range parts {
-		chunk := entries[i*listChunk : min(len(entries), (i+1)*listChunk)]
-		if len(parts) == 1 {
-			l.decode(h, chunk)
-			return l, nil
-		}
-		parts[i] = listed[W, O]{wanted: map[string]W{}, observed: map[string]O{}}
-		wg.Go(func() { parts[i].decode(h, chunk) })
+	if len(entries) <= chunk {
+		l.decode(h, entries)
+		return l, nil
 	}
-	wg.Wait()
+	parts := make([]listed[W, O], (len(entries)+chunk-1)/chunk)
+	spread(len(entries), func(from, to int) {
+		p := listed[W, O]{wanted: make(map[string]W, to-from), observed: make(map[string]O, to-from)}
+		p.decode(h, entries[from:to])
+		parts[from/chunk] = p
+	})
 	for _, p := range parts {
 		maps.Copy(l.wanted, p.wanted)
 		maps.Copy(l.observed, p.observed)
@@ -54,8 +55,65 @@ func list[W, O any](ctx context.Context, h *Handler, kind catalog.Kind) (listed[
 	return l, nil
 }
 
-// listChunk is how many records one goroutine decodes: thousands of volumes are worth all cores.
-const listChunk = 1000
+// chunk is how much of a long list one goroutine does at a time: thousands of volumes are worth all cores.
+const chunk = 500
+
+// spread calls fn for all of 0 to n, in chunks, several of them at a time.
+func spread(n int, fn func(from, to int)) {
+	if n <= chunk {
+		fn(0, n)
+		return
+	}
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), (n+chunk-1)/chunk) {
+		wg.Go(func() {
+			for from := int(next.Add(chunk)) - chunk; from < n; from = int(next.Add(chunk)) - chunk {
+				fn(from, min(n, from+chunk))
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// encode is json.Marshal, with several goroutines where it is worth that.
+func encode(v any) ([]byte, error) {
+	if long, ok := v.(interface{ encode() ([]byte, error) }); ok {
+		return long.encode()
+	}
+	return json.Marshal(v)
+}
+
+// encode is json.Marshal: the frame, and in it the pieces of Data, which is the last field.
+func (c Collection[T]) encode() ([]byte, error) {
+	if len(c.Data) <= chunk {
+		return json.Marshal(c)
+	}
+	pieces := make([][]byte, (len(c.Data)+chunk-1)/chunk)
+	errs := make([]error, len(pieces))
+	spread(len(c.Data), func(from, to int) {
+		pieces[from/chunk], errs[from/chunk] = json.Marshal(c.Data[from:to])
+	})
+	frame := c
+	frame.Data = []T{}
+	around, err := json.Marshal(frame)
+	if err = errors.Join(append(errs, err)...); err != nil {
+		return nil, err
+	}
+	const end = "]}"
+	size := len(around)
+	for _, p := range pieces {
+		size += len(p)
+	}
+	out := append(make([]byte, 0, size), around[:len(around)-len(end)]...)
+	for i, p := range pieces {
+		if i > 0 {
+			out = append(out, ',')
+		}
+		out = append(out, p[1:len(p)-1]...)
+	}
+	return append(out, end...), nil
+}
 
 func (l listed[W, O]) decode(h *Handler, entries []catalog.Entry) {
 	for _, e := range entries {

@@ -1,11 +1,12 @@
 package api
 
 import (
-	"encoding/json"
+	"io"
 	"net/http"
 	"net/url"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 
 	"ashlar/internal/catalog"
@@ -301,16 +302,18 @@ func write(w http.ResponseWriter, status int, answer any) {
 		w.WriteHeader(status)
 		return
 	}
-	data, err := json.Marshal(answer)
+	data, err := encode(answer)
 	if err != nil {
 		// Nothing that handlers return can fail to be encoded.
 		panic(err)
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)+1))
 	w.WriteHeader(status)
 	// A client that went away is nobody's error.
-	_, _ = w.Write(append(data, '\n'))
+	_, _ = w.Write(data)
+	_, _ = io.WriteString(w, "\n")
 }
 
 // fail writes an error in the dialect's form.

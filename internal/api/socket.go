@@ -3,7 +3,6 @@ package api
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"maps"
 	"net/http"
 	"net/url"
@@ -141,7 +140,7 @@ func render(c *call) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(v)
+	return encode(v)
 }
 
 // readSocket reads until the client goes, or has not answered two pings: control messages are answered on the way, others are for nobody.

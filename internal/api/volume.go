@@ -164,10 +164,13 @@ func (h *Handler) volumeList(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	data := make([]Volume, 0, len(l.wanted))
-	for _, name := range l.names() {
-		data = append(data, h.volume(c, side.view(l.wanted[name], l.observed[name])))
-	}
+	names := l.names()
+	data := make([]Volume, len(names))
+	spread(len(names), func(from, to int) {
+		for i, name := range names[from:to] {
+			data[from+i] = h.volume(c, side.view(l.wanted[name], l.observed[name]))
+		}
+	})
 	return collect(c, c.noun.schema, data), nil
 }
 
@@ -363,8 +366,8 @@ func (h *Handler) volumeCreate(c *call) (any, error) {
 	if err := h.putVolume(ctx, w); err != nil {
 		return nil, err
 	}
-	c.id = w.Name
-	return h.volumeGet(c)
+	// What it was made of is all there is to say of it: nothing has a volume of this id yet.
+	return h.volume(c, side{}.view(w, catalog.VolumeObserved{})), nil
 }
 
 // checkFrontend refuses frontends that this build does not have.

@@ -170,11 +170,14 @@ func (c *Client) call(ctx context.Context, method, path string, body, answer any
 		return c.unreachable(ctx, err)
 	}
 	defer res.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(res.Body, maxAnswer))
-	if err != nil {
+	var data bytes.Buffer
+	if n := res.ContentLength; n > 0 && n <= maxAnswer {
+		data.Grow(int(n) + bytes.MinRead) // what ReadFrom wants to have left at the end
+	}
+	if _, err := data.ReadFrom(io.LimitReader(res.Body, maxAnswer)); err != nil {
 		return c.unreachable(ctx, err)
 	}
-	return c.answer(res, data, answer)
+	return c.answer(res, data.Bytes(), answer)
 }
 
 // answer decodes an answer's body into a value, which may be nil, or makes its error.
