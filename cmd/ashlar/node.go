@@ -281,11 +281,12 @@ func stillThere(has api.NodeContents) string {
 func (a *app) nodeRemove() *cobra.Command {
 	var o client.RemoveOptions
 	cmd := &cobra.Command{
-		Use: "remove NAME", Aliases: []string{"rm"}, Short: "Have the cluster forget a node that is stopped and empty",
-		Long: `Remove takes a node out of the cluster: its certificate is good for nothing from then on, and its member of the catalogue goes to another node. It must be stopped, and must have
-nothing: drain it, then shut it down. With --force a dead node that has something is given up: **volumes whose only copy it had are lost**, and what was to be attached there
-is not any more. The last node cannot be removed.`,
-		Example: "  ashlar node drain n1 && ashlar shutdown --node n1 && ashlar node remove n1\n  ashlar node remove n1 --force   # it burnt down", Args: cobra.ExactArgs(1),
+		Use: "remove NAME", Aliases: []string{"rm"}, Short: "Have the cluster forget a node that is empty",
+		Long: `Remove takes a node out of the cluster: its certificate is good for nothing from then on, and its member of the catalogue goes to another node. It must have nothing: drain it
+first. One that runs gives its member up and ends, with all its processes; it is not removed through itself: ask another node. One that is stopped is removed as well, unless it is one of two
+that keep the catalogue. With --force a dead node that has something is given up: **volumes whose only copy it had are lost**, and what was to be attached there is not any more. The last node
+cannot be removed.`,
+		Example: "  ashlar node drain n1 && ashlar node remove n1\n  ashlar node remove n1 --force   # it burnt down", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withNode(func(c *client.Client) error {
 				if err := c.RemoveNode(cmd.Context(), args[0], o); err != nil {

@@ -175,8 +175,12 @@ func (n *Node) goodbye(err error) error {
 
 func (n *Node) openUntil(ctx context.Context, l *late, opened chan<- struct{}) error {
 	options := n.options()
-	n.cfg.Log.Info("waiting for a majority of the catalogue's voters", "voter", n.state.Voter, "members", strings.Join(n.state.Endpoints(), " "))
-	l.waits(fmt.Errorf("waiting for a majority of the catalogue's voters: %s", strings.Join(n.state.Endpoints(), " ")))
+	whom, where := "a majority of the catalogue's voters", strings.Join(n.state.Endpoints(), " ")
+	if !n.embedded() {
+		whom, where = "the catalogue's etcd", strings.Join(n.cfg.Etcd, " ")
+	}
+	n.cfg.Log.Info("waiting for "+whom, "voter", n.state.Voter, "members", where)
+	l.waits(fmt.Errorf("waiting for %s: %s", whom, where))
 	for {
 		s, err := etcd.Open(ctx, options)
 		if err == nil {
@@ -191,7 +195,7 @@ func (n *Node) openUntil(ctx context.Context, l *late, opened chan<- struct{}) e
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		l.waits(fmt.Errorf("waiting for a majority of the catalogue's voters (%s): %w", strings.Join(n.state.Endpoints(), " "), err))
+		l.waits(fmt.Errorf("waiting for %s (%s): %w", whom, where, err))
 		n.cfg.Log.Warn("the catalogue cannot be opened yet; trying again", "error", err)
 		if others := n.others(); options.Member != nil && len(others.Endpoints()) > 0 && !errors.Is(err, catalog.ErrUnreachable) {
 			n.member.Store(&memberNote{text: "failed: " + err.Error(), failed: true})
@@ -326,9 +330,36 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 		err := keeper.Run(ctx)
 		if errors.Is(err, cluster.ErrRemoved) {
 			err = n.goodbye(err)
+			n.endEmpty(ctx, ledger, err)
 		}
 		return err
 	}))
+}
+
+// endEmpty ends a removed node as a whole, data process and holder too, if no volume is open there, and returns when it ends; else at once: then serve ends, and what guests have of it goes on.
+func (n *Node) endEmpty(ctx context.Context, ag *agent.Agent, why error) {
+	data, err := n.findData(ctx)
+	if err != nil {
+		return
+	}
+	st, err := data.State(ctx)
+	if err != nil || len(st.Volumes) > 0 {
+		return
+	}
+	n.farewell.Store(&why)
+	if err := ag.Shutdown(ctx); err != nil {
+		n.cfg.Log.Warn("the data process of a removed node does not end", "error", err)
+		return
+	}
+	<-ctx.Done()
+}
+
+// stop ends the node because the agent shut it down: in order, or because it was removed.
+func (n *Node) stop() {
+	if why := n.farewell.Load(); why != nil {
+		n.cancel(*why)
+	}
+	n.cancel(errStopped)
 }
 
 // guarding is the roster that is to be kept up to date: of a node that has ports of etcd's.

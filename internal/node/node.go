@@ -112,11 +112,12 @@ type Node struct {
 	leases sync.WaitGroup // end with loops, or when the catalogue is closed
 	keeper *hold.Keeper
 
-	state  *cluster.State             // who it is in its cluster; nil: a cluster of one that listens nowhere
-	tls    *identity.NodeTLS          // nil with state
-	roster *cluster.Roster            // nil with state
-	store  atomic.Pointer[etcd.Store] // in a cluster: nil until it is open
-	member atomic.Pointer[memberNote] // what is said of this node's etcd member instead of what store says
+	state    *cluster.State             // who it is in its cluster; nil: a cluster of one that listens nowhere
+	tls      *identity.NodeTLS          // nil with state
+	roster   *cluster.Roster            // nil with state
+	store    atomic.Pointer[etcd.Store] // in a cluster: nil until it is open
+	member   atomic.Pointer[memberNote] // what is said of this node's etcd member instead of what store says
+	farewell atomic.Pointer[error]      // why the node is shut down by itself; nil: it is not
 }
 
 // errStopped ends the loops without blame.
@@ -174,7 +175,7 @@ func (n *Node) build(ctx context.Context) error {
 	ag, err := agent.New(agent.Config{
 		Node: n.cfg.Name, Address: n.address(), Catalog: cat, EnsureData: n.startData, RunDir: n.cfg.RunDir, Log: n.cfg.Log, Network: n.cfg.NBD,
 		Disks:   map[string]catalog.DiskWanted{"default": {Path: n.diskDir(), AllowScheduling: true}},
-		Cluster: n.clusterFiles(), Member: n.memberState, Stop: func() { n.cancel(errStopped) }, Now: n.cfg.Now,
+		Cluster: n.clusterFiles(), Member: n.memberState, Stop: n.stop, Now: n.cfg.Now,
 	})
 	if err != nil {
 		return err

@@ -57,7 +57,7 @@ func (c *leader) nodes() []Write {
 		}
 		if len(notes) > 0 {
 			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Value: w, Was: n.Wanted.Rev, Notes: notes})
-		} else if w.Deleted != nil && (w.Lost || c.left[name].none()) && c.others(name) > 0 {
+		} else if w.Deleted != nil && (w.Lost || c.left[name].none()) && c.others(name) > 0 && !c.sits(name) {
 			ev := note(c.in.Now, catalog.Normal, catalog.KindNode, name, "Removed")
 			out = append(out, Write{Group: group, Key: catalog.NodeKey(catalog.Wanted, name), Was: n.Wanted.Rev, Notes: []catalog.EventRecord{ev}})
 			if n.Observed.Is() {
@@ -68,6 +68,16 @@ func (c *leader) nodes() []Write {
 		out = append(out, c.evictingNode(name, n)...)
 	}
 	return out
+}
+
+// sits tells whether a node that lives still has a member of the catalogue. It gives that up itself, while it is there to agree on it; without its record it would end, and of two members the
+// other could agree on nothing any more.
+func (c *leader) sits(name string) bool {
+	switch c.v.Nodes[name].Observed.Value.Member {
+	case "", "client":
+		return false
+	}
+	return c.v.Alive[name].Is()
 }
 
 // forgetDisks takes disks out that were given up and that no record names any more: until then the entry says what became of what lay there.

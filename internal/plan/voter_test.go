@@ -116,6 +116,13 @@ func TestNodeEnds(t *testing.T) {
 			imageAt(p, "n1-d:gone n2-d:gone", func(w *catalog.ImageWanted) { w.Deleted = &now })
 		}, "node/observed/n1 " + gone},
 		{"it votes", func(w *catalog.NodeWanted, o *catalog.NodeObserved) { removed(w, o); w.Voter = true }, func(*picture) {}, "node/wanted/n1 node/observed/n1 node/wanted/n2 " + gone},
+		{"it votes, and lives", func(w *catalog.NodeWanted, o *catalog.NodeObserved) {
+			removed(w, o)
+			w.Voter, o.Member = true, "voter"
+		}, func(p *picture) { p.put(catalog.AliveKey("n1"), catalog.Alive{Node: "n1"}) }, "node/wanted/n1 node/observed/n1 node/wanted/n2"},
+		{"it gave its vote up, and lives", func(w *catalog.NodeWanted, o *catalog.NodeObserved) { removed(w, o); o.Member = "client" },
+			func(p *picture) { p.put(catalog.AliveKey("n1"), catalog.Alive{Node: "n1"}) }, gone},
+		{"its vote died with it", func(w *catalog.NodeWanted, o *catalog.NodeObserved) { removed(w, o); o.Member = "voter" }, func(*picture) {}, gone},
 		{"given up, with a copy", given, func(p *picture) { resting(p) }, gone},
 		{"given up, with a ticket and an image", given, func(p *picture) { resting(p, ticket); imageAt(p, "n1-d:ready") }, gone},
 		{"seen only", func(*catalog.NodeWanted, *catalog.NodeObserved) {}, func(p *picture) {
