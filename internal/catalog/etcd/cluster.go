@@ -178,7 +178,7 @@ func (s *Store) openClustered(ctx context.Context, o Options) error {
 		urls = append(urls, p.ClientURL)
 	}
 	s.router = newRouter(s, d.dial, urls)
-	s.router.own, s.router.sync = m.ClientURL, true
+	s.router.own, s.router.sync, s.router.why = m.ClientURL, true, d.why
 	s.options = m
 	s.workers.Go(s.router.run)
 	return nil

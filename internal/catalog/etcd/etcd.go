@@ -155,7 +155,7 @@ func (s *Store) openEndpoints(o Options) error {
 		}
 	}
 	s.router = newRouter(s, d.dial, o.Endpoints)
-	s.router.sync = o.Sync
+	s.router.sync, s.router.why = o.Sync, d.why
 	s.workers.Go(s.router.run)
 	return nil
 }

@@ -6,7 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
+	"net/url"
+	"os"
 	"slices"
+	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -36,13 +40,13 @@ type dialer struct {
 	log *slog.Logger
 }
 
-func (d dialer) dial(url string) (*clientv3.Client, error) {
+func (d dialer) dial(at string) (*clientv3.Client, error) {
 	tc := d.tls
 	if tc != nil {
 		tc = tc.Clone()
 	}
 	return clientv3.New(clientv3.Config{
-		Endpoints: []string{url}, TLS: tc, Logger: quiet(d.log),
+		Endpoints: []string{at}, TLS: tc, Logger: quiet(d.log),
 		DialTimeout: 5 * time.Second,
 		// The time-out is the kernel's too (TCP_USER_TIMEOUT): what was sent and is not confirmed for so long ends the connection.
 		DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
@@ -53,6 +57,46 @@ func (d dialer) dial(url string) (*clientv3.Client, error) {
 		})},
 	})
 }
+
+// why connects to a member as dial's client does, to learn why it does not answer: of a certificate that is refused, on either side, that client says only that time has passed. nil: it could be
+// connected to.
+func (d dialer) why(ctx context.Context, at string) error {
+	u, err := url.Parse(at)
+	if err != nil || u.Host == "" {
+		return nil //nolint:nilerr // an address without a scheme: it is for the client to understand
+	}
+	ctx, cancel := context.WithTimeout(ctx, probePatience)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", u.Host)
+	if err != nil || d.tls == nil || u.Scheme != "https" {
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	}
+	tc := d.tls.Clone()
+	tc.NextProtos = []string{"h2"}
+	if tc.ServerName == "" {
+		tc.ServerName = u.Hostname()
+	}
+	c := tls.Client(conn, tc)
+	defer c.Close()
+	if err := c.HandshakeContext(ctx); err != nil {
+		return err
+	}
+	// In TLS 1.3 a server refuses a client's certificate after the client's side of the handshake is done (RFC 8446, 4.4.2.4); who takes it waits for what the client says.
+	if err := c.SetReadDeadline(time.Now().Add(refusalPatience)); err != nil {
+		return err
+	}
+	_, err = c.Read(make([]byte, 1))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil
+	}
+	return err
+}
+
+// refusalPatience is how long a refusal of a certificate is waited for.
+const refusalPatience = 300 * time.Millisecond
 
 // end is a member that can be asked.
 type end struct {
@@ -65,8 +109,9 @@ type end struct {
 type router struct {
 	store *Store
 	dial  func(url string) (*clientv3.Client, error)
-	own   string // URL; "": none
-	sync  bool   // follow the list of members
+	why   func(ctx context.Context, url string) error // may tell why a member does not answer; nil: nobody can
+	own   string                                      // URL; "": none
+	sync  bool                                        // follow the list of members
 	kicks chan struct{}
 
 	// Below is the goroutine's (run), and newRouter's and close's.
@@ -74,8 +119,10 @@ type router struct {
 	using   *end
 	heard   time.Time // when somebody answered last
 	synced  time.Time
-	cluster uint64 // id of the cluster; 0: nobody has answered yet
-	home    int    // answers of our own member in a row, while another is used
+	cluster uint64    // id of the cluster; 0: nobody has answered yet
+	home    int       // answers of our own member in a row, while another is used
+	told    bool      // that nobody answers is said
+	looked  time.Time // when it was found out why
 }
 
 func newRouter(s *Store, dial func(string) (*clientv3.Client, error), urls []string) *router {
@@ -170,7 +217,7 @@ func (r *router) round(ctx context.Context) bool {
 	} else {
 		if ctx.Err() == nil && time.Since(r.heard) > awayAfter && (r.using != nil || r.cluster == 0) {
 			r.using = nil
-			r.store.setRoute(nil, outside, err)
+			r.tell(ctx, err)
 		}
 		return false
 	}
@@ -185,7 +232,7 @@ func (r *router) use(e *end) {
 	if e == r.using {
 		return
 	}
-	r.using, r.home, r.synced = e, 0, time.Time{}
+	r.using, r.home, r.synced, r.told = e, 0, time.Time{}, false
 	r.store.setRoute(e.client, outside, nil)
 }
 
@@ -232,6 +279,40 @@ func (r *router) anybody(ctx context.Context) (*end, error) {
 		errs = append(errs, fmt.Errorf("%s: %w", a.e.url, a.err))
 	}
 	return nil, errors.Join(errs...)
+}
+
+// tell says that nobody answers, and why; now and then again, for the reason may become another.
+func (r *router) tell(ctx context.Context, err error) {
+	if r.told && time.Since(r.looked) < awayAfter {
+		return
+	}
+	err = r.reasons(ctx, err)
+	if !r.told {
+		r.store.log.Warn("the catalogue does not answer; trying on", "error", err)
+	}
+	r.told, r.looked = true, time.Now()
+	r.store.setRoute(nil, outside, err)
+}
+
+// reasons is why no member answers, where that can be told; else what anybody said.
+func (r *router) reasons(ctx context.Context, err error) error {
+	if r.why == nil || errors.Is(err, errForeign) {
+		return err
+	}
+	all := make([]error, len(r.ends))
+	var asked sync.WaitGroup
+	for i, e := range r.ends {
+		asked.Go(func() {
+			if err := r.why(ctx, e.url); err != nil {
+				all[i] = fmt.Errorf("%s: %w", e.url, err)
+			}
+		})
+	}
+	asked.Wait()
+	if known := errors.Join(all...); known != nil {
+		return known
+	}
+	return err
 }
 
 // ask probes a member.
