@@ -314,6 +314,8 @@ type Placement struct {
 	ReplicaID string `json:"replicaID"` // 32 hex digits, never used again
 	Node      string `json:"node"`
 	DiskID    string `json:"diskID"`
+	// NodeID is the node's id (NodeWanted.ID), which tells it from a later node of its name; "": not known, or in no cluster. Set by control.
+	NodeID string `json:"nodeID,omitempty"`
 	// CopyOf is the replica that this one is to take the place of (docs/decisions/0017); "": none. Cleared by control when the membership names this one.
 	CopyOf string `json:"copyOf,omitempty"`
 }
@@ -526,7 +528,7 @@ type NodeObserved struct {
 	Port       int                     `json:"port,omitempty"` // the first of its four ports; 0: it is in no cluster
 	APIMin     int                     `json:"apiMin,omitempty"`
 	APICurrent int                     `json:"apiCurrent,omitempty"` // the window of versions it speaks to other nodes
-	Member     string                  `json:"member,omitempty"`     // of a voter: its etcd member, "" (none), learner, voter, or why it failed
+	Member     string                  `json:"member,omitempty"`     // its etcd member: "" (the etcd is not ours), client (none), starting, learner, voter, or why it failed
 	BootID     string                  `json:"bootID"`
 	Version    string                  `json:"version"`
 	Ready      bool                    `json:"ready"`

@@ -1,6 +1,10 @@
 package plan
 
-import "fmt"
+import (
+	"fmt"
+
+	"ashlar/internal/catalog"
+)
 
 // Up tells whether a node can be counted on now: it says that it is ready and, in a cluster, its lease holds. Nothing that must be safe depends on it; epochs see to that.
 func (v *View) Up(node string) bool {
@@ -23,8 +27,31 @@ func (v *View) lostDisk(at spot) bool {
 	return lost
 }
 
-// lostDiskText says of a volume that its only copy was on a disk that was given up.
-func (v *View) lostDiskText(at spot, volume string) string {
+// replaced tells whether the node of a copy is another machine than the one it was placed on, which was given up since: it has another id, and not the disk. Until all its disks are known
+// it may still bring that.
+func (v *View) replaced(r catalog.Placement) bool {
+	n := v.Nodes[r.Node]
+	id := n.Wanted.Value.ID
+	if r.NodeID == "" || id == "" || id == r.NodeID || !n.Observed.Is() {
+		return false
+	}
+	for disk := range n.Wanted.Value.Disks {
+		if have := n.Observed.Value.Disks[disk].DiskID; have == "" || have == r.DiskID {
+			return false
+		}
+	}
+	return true
+}
+
+// lostCopy tells whether a copy was given up with its disk, or with a node whose name another has now.
+func (v *View) lostCopy(r catalog.Placement) bool { return v.lostDisk(spotAt(r)) || v.replaced(r) }
+
+// lostText says of a volume that its only copy was given up with its disk, or with the node that had it.
+func (v *View) lostText(r catalog.Placement, volume string) string {
+	if v.replaced(r) {
+		return fmt.Sprintf("its only copy was on an earlier node %s, which was given up; `ashlar volume delete %s` forgets it", r.Node, volume)
+	}
+	at := spotAt(r)
 	disk := at.diskID
 	n := v.Nodes[at.node]
 	for _, name := range sorted(n.Wanted.Value.Disks) {

@@ -221,7 +221,7 @@ func (c *leader) beginMove(s *volumeNow, w want, why string) {
 
 func (c *leader) startMove(s *volumeNow, w want, to spot, why string) {
 	from := s.w.Replicas[0]
-	r := catalog.Placement{ReplicaID: c.in.NewID(), Node: to.node, DiskID: to.diskID, CopyOf: from.ReplicaID}
+	r := catalog.Placement{ReplicaID: c.in.NewID(), Node: to.node, DiskID: to.diskID, NodeID: c.v.Nodes[to.node].Wanted.Value.ID, CopyOf: from.ReplicaID}
 	s.w.Replicas, s.changed = append(slices.Clone(s.w.Replicas), r), true
 	c.p.promise(to, w)
 	c.moves.begin(spotAt(from), to)

@@ -89,7 +89,7 @@ func (p *planner) replicasHere(vol Volume) []replicaHere {
 			}
 			r := replicaHere{vol: vol, w: w, place: place, dropped: dropped, member: p.in.View.Memberships[w.ID], job: p.found.copies[place.ReplicaID]}
 			r.disk, r.diskOK = p.in.Found.disk(place.DiskID)
-			r.givenUp = p.in.View.lostDisk(spotAt(place))
+			r.givenUp = p.in.View.lostCopy(place)
 			r.diskOK = r.diskOK && r.disk.usable() && !r.givenUp
 			if f := p.found.replicas[[2]string{place.DiskID, place.ReplicaID}]; f != nil {
 				r.found, r.there = *f, true

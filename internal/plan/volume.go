@@ -208,6 +208,7 @@ func (c *leader) volume(name string) []Write {
 	c.settle(s)
 	c.forget(s)
 	c.placeVolume(s)
+	c.nameNodes(s)
 	if w := &s.w; w.DataLocality == localityBestEffort && len(w.Tickets) > 0 && w.Tickets[0].Node != w.LastNode {
 		w.LastNode, s.changed = w.Tickets[0].Node, true
 	}
@@ -220,6 +221,18 @@ func (c *leader) volume(name string) []Write {
 		out = append(out, Write{Group: group, Key: catalog.MembershipKey(s.w.ID), Value: m})
 	}
 	return append(out, c.observe(s)...)
+}
+
+// nameNodes notes of copies which node they are on, by its id, where that is not noted yet, and where another node of the name has brought the disk.
+func (c *leader) nameNodes(s *volumeNow) {
+	for i, r := range s.w.Replicas {
+		id := c.v.Nodes[r.Node].Wanted.Value.ID
+		if r.NodeID == id || id == "" || r.NodeID != "" && c.disks[r.DiskID].node != r.Node {
+			continue
+		}
+		s.w.Replicas, s.changed = slices.Clone(s.w.Replicas), true
+		s.w.Replicas[i].NodeID = id
+	}
 }
 
 // placeVolume places the first copy; more the engine does not keep yet. Once a volume has a membership record only the engine adds members to it.
@@ -342,15 +355,15 @@ func (c *leader) lost(s *volumeNow) string {
 		return ""
 	}
 	for _, r := range s.w.Replicas {
-		if !c.abandoned(spotAt(r)) {
+		if !c.abandoned(spotAt(r)) && !c.v.replaced(r) {
 			return ""
 		}
 	}
 	if !c.noNode(c.v.home(s.vol)) {
 		return "" // its home says what it sees
 	}
-	if at := spotAt(s.w.Replicas[0]); !c.noNode(at.node) {
-		return c.v.lostDiskText(at, s.w.Name)
+	if r := s.w.Replicas[0]; !c.noNode(r.Node) {
+		return c.v.lostText(r, s.w.Name)
 	}
 	return fmt.Sprintf("its only copy was on node %s, which was given up; `ashlar volume delete %s` forgets it", s.w.Replicas[0].Node, s.w.Name)
 }

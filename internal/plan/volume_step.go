@@ -166,8 +166,8 @@ func (p *planner) lookAt(vol Volume, o catalog.VolumeObserved) *here {
 	} else {
 		p.lookThere(h, o)
 	}
-	if at := spotAt(h.place); p.in.View.lostDisk(at) {
-		h.givenUp, h.diskOK, h.there, h.arrived = p.in.View.lostDiskText(at, w.Name), false, false, false
+	if p.in.View.lostCopy(h.place) {
+		h.givenUp, h.diskOK, h.there, h.arrived = p.in.View.lostText(h.place, w.Name), false, false, false
 	}
 	if f := p.found.volumes[w.ID]; f != nil {
 		h.found, h.open = *f, true
