@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -476,6 +477,22 @@ func TestStateRevisions(t *testing.T) {
 	c := b.ready()
 	a := b.volume(c, 1, mib)
 	b.open(c, a)
+	g := guest(t, b.runDir, a.Volume)
+	if err := g.write(0, page("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Operate(t.Context(), client.Operate{VolumeID: a.VolumeID, Verb: verbSnapshot, Snapshot: "s", OpID: id("oper", 1)}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the snapshot has its checksums", func() bool {
+		st, _ := status(t, c, a.VolumeID)
+		return len(st.Layers) == 2 && !slices.ContainsFunc(st.Layers, func(l client.Layer) bool { return !l.Head && !l.Verified })
+	})
+	g.Close()
+	if err := c.CloseVolume(t.Context(), client.CloseVolume{VolumeID: a.VolumeID}); err != nil {
+		t.Fatal(err)
+	}
+	b.open(c, a)
 	// What it takes on the disk is told a moment later.
 	eventually(t, "its space is known", func() bool { st, _ := status(t, c, a.VolumeID); return st.Space.ExclusiveBytes > 0 })
 	var st client.State
@@ -484,8 +501,8 @@ func TestStateRevisions(t *testing.T) {
 		st = b.state(c)
 		return st.Rev == was
 	})
-	g := guest(t, b.runDir, a.Volume)
-	if err := errors.Join(g.write(0, page("x")), g.flush()); err != nil {
+	g = guest(t, b.runDir, a.Volume)
+	if err := errors.Join(g.write(0, page("y")), g.flush()); err != nil {
 		t.Fatal(err)
 	}
 	if now, err := c.State(t.Context()); err != nil || now.Rev != st.Rev {
@@ -501,8 +518,12 @@ func TestStateRevisions(t *testing.T) {
 		}
 		woke <- now
 	}()
-	if _, err := c.Operate(ctx, client.Operate{VolumeID: a.VolumeID, Verb: "snapshot", Snapshot: "s", OpID: id("oper", 1)}); err != nil {
+	// Of a snapshot that is marked removed nothing else tells; when layers come or go, what they take is measured, and that is news by itself.
+	if _, err := c.Operate(ctx, client.Operate{VolumeID: a.VolumeID, Verb: verbSnapshotRemove, Snapshot: "s", OpID: id("oper", 2)}); err != nil {
 		t.Fatal(err)
+	}
+	if now, err := c.State(t.Context()); err != nil || now.Rev <= st.Rev {
+		t.Fatalf("a snapshot was marked removed, and the revision is %d, it was %d: %v", now.Rev, st.Rev, err)
 	}
 	if now := <-woke; now.Rev <= st.Rev {
 		t.Errorf("woke with revision %d after %d", now.Rev, st.Rev)
