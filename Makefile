@@ -29,11 +29,16 @@ lint:                 ## gofmt, vet, staticcheck, govulncheck, the house
 quick:                ## no root, no network, under two minutes
 	go test ./...
 
-deps:                 ## Debian packages that demo, test and bench use; asks the network only for what is missing
+deps: bin/etcd        ## Debian packages that demo, test and bench use; asks the network only for what is missing
 	@missing=; for p in $(PACKAGES); do \
 	  dpkg-query -W -f '$${db:Status-Abbrev}' $$p 2>/dev/null | grep -q '^ii' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+
+bin/etcd:             # Debian's, out of its package, for the test of an etcd that is not ours: installed, it would run as a service of this machine
+	@echo "unpacking etcd-server"; rm -rf bin/etcd-server && mkdir -p bin/etcd-server && cd bin/etcd-server && \
+	  { apt-get download -qq -o APT::Sandbox::User=root etcd-server 2>/dev/null || { apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root etcd-server; }; } && \
+	  dpkg-deb -x etcd-server_*.deb . && mv usr/bin/etcd ../etcd && cd .. && rm -rf etcd-server
 
 clean:
 	rm -rf bin dist bench/out

@@ -21,6 +21,7 @@ type Cluster struct {
 	hosts  []string
 	bin    string
 	dir    string
+	args   []string
 	closed bool
 }
 
@@ -30,12 +31,13 @@ type ClusterConfig struct {
 	Dir    string // short: sockets lie in it; node N has Dir/N
 	Nodes  int
 	Switch *Switch           // nil: loopback
+	Args   []string          // more arguments of every `ashlar serve`
 	Tell   func(what string) // told of every step; may be nil
 }
 
 // StartCluster starts nodes, makes the first one a cluster, and has the others join it. After an error nothing runs.
 func StartCluster(ctx context.Context, cfg ClusterConfig) (_ *Cluster, err error) {
-	c := &Cluster{Switch: cfg.Switch, bin: cfg.Bin, dir: cfg.Dir}
+	c := &Cluster{Switch: cfg.Switch, bin: cfg.Bin, dir: cfg.Dir, args: cfg.Args}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.Stop(context.WithoutCancel(ctx)))
@@ -68,12 +70,12 @@ func StartCluster(ctx context.Context, cfg ClusterConfig) (_ *Cluster, err error
 func (c *Cluster) Add(ctx context.Context) (*Process, error) {
 	i := len(c.Nodes)
 	host, ports := "127.0.0.1", 0
-	p := &Process{Bin: c.bin, Name: "node" + strconv.Itoa(i+1)}
+	p := &Process{Bin: c.bin, Name: "node" + strconv.Itoa(i+1), Args: c.args}
 	var err error
 	if c.Switch != nil {
 		host, ports, p.Namespace = c.Switch.Address(i), 9510, c.Switch.Namespace(i)
 		p.Listen = "127.0.0.1:9500"
-	} else if ports, err = freeRow(nodePorts + 1); err == nil {
+	} else if ports, err = FreePorts(nodePorts + 1); err == nil {
 		p.Listen = "127.0.0.1:" + strconv.Itoa(ports+nodePorts)
 	}
 	if err != nil {
@@ -95,8 +97,8 @@ const (
 	lastPort  = 31000
 )
 
-// freeRow finds n ports in a row that nobody listens on now.
-func freeRow(n int) (int, error) {
+// FreePorts finds n ports in a row that nobody listens on now.
+func FreePorts(n int) (int, error) {
 	for range 100 {
 		first := firstPort + rand.IntN(lastPort-firstPort)
 		var row []net.Listener

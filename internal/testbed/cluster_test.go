@@ -37,8 +37,8 @@ const (
 	namespaces         // each in its own, on a switch
 )
 
-// newCrowd starts n nodes that are one cluster; when the test ends nothing may be left of them.
-func newCrowd(t *testing.T, n int, where network) *crowd {
+// newCrowd starts n nodes that are one cluster, each with more arguments of serve; when the test ends nothing may be left of them.
+func newCrowd(t *testing.T, n int, where network, args ...string) *crowd {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "a")
 	if err != nil {
@@ -64,7 +64,7 @@ func newCrowd(t *testing.T, n int, where network) *crowd {
 			}
 		})
 	}
-	w.c, err = testbed.StartCluster(w.ctx, testbed.ClusterConfig{Bin: program, Dir: dir, Nodes: n, Switch: w.sw, Tell: func(what string) { t.Log(what) }})
+	w.c, err = testbed.StartCluster(w.ctx, testbed.ClusterConfig{Bin: program, Dir: dir, Nodes: n, Switch: w.sw, Args: args, Tell: func(what string) { t.Log(what) }})
 	if err != nil {
 		w.logs(dir)
 		t.Fatal(err)

@@ -73,7 +73,7 @@ func StartInside(ctx context.Context, cfg InsideConfig) (_ *Inside, err error) {
 
 // Add starts one more node, which is in no cluster yet.
 func (c *Inside) Add(ctx context.Context) (*Inner, error) {
-	ports, err := freeRow(nodePorts)
+	ports, err := FreePorts(nodePorts)
 	if err != nil {
 		return nil, err
 	}

@@ -29,6 +29,7 @@ type Process struct {
 	Listen  string // host:port of REST
 	// Namespace is the network namespace its processes run in; "": this process's own. Its sockets are files, and reached from anywhere.
 	Namespace string
+	Args      []string // more arguments of `ashlar serve`
 
 	serve *exec.Cmd
 	log   *os.File
@@ -54,7 +55,7 @@ func (e *CommandError) Error() string {
 
 // StartProcess starts a node called node1 with a free port in a directory; see Start.
 func StartProcess(ctx context.Context, bin, dir string) (*Process, error) {
-	port, err := freeRow(1)
+	port, err := FreePorts(1)
 	if err != nil {
 		return nil, err
 	}
@@ -85,6 +86,7 @@ func (p *Process) Start(ctx context.Context, dir string) (err error) {
 // StartServe starts `ashlar serve` (again) and waits until it is ready.
 func (p *Process) StartServe(ctx context.Context) error {
 	args := []string{p.Bin, "serve", "--data-dir", p.DataDir, "--run-dir", p.RunDir, "--listen", p.Listen, "--name", p.Name}
+	args = append(args, p.Args...)
 	if p.Namespace != "" {
 		args = append([]string{"nsenter", "--net=/var/run/netns/" + p.Namespace}, args...)
 	}
