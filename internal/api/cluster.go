@@ -14,7 +14,8 @@ type Cluster interface {
 	Describe(ctx context.Context) (ClusterState, error)
 	// Init opens this node's cluster of one at an address (HOST or HOST:PORT).
 	Init(ctx context.Context, address string) error
-	// Join makes this node, on which there is nothing, one of the cluster that a node at to (HOST or HOST:PORT) is of.
+	// Join makes this node, on which there is nothing, one of the cluster that a node at to (HOST or HOST:PORT) is of. A node of that cluster whose certificate has ended gets another; address is
+	// not looked at then.
 	Join(ctx context.Context, to, token, address string) error
 	// Readdress changes where this node is reached.
 	Readdress(ctx context.Context, address string) error

@@ -875,6 +875,95 @@ func TestKeeper(t *testing.T) {
 	step("removed", ErrRemoved, "")
 }
 
+// TestJoinAgain: a node whose certificate ended while it was off gets another for a token, and is who it was; not for a bad or used token, not who was removed, not for another's certificate,
+// and a join with a node's name and id is none that its certificate is given for.
+func TestJoinAgain(t *testing.T) {
+	w := found(t)
+	c := w.joiner("n2")
+	s := w.join(c)
+	before := must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile)))
+	c.Token = w.token()
+	if again := w.join(c); again.NodeID != s.NodeID || !bytes.Equal(before, must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile)))) || !w.tokens()[1].Value.Used.IsZero() {
+		t.Error("a node whose certificate is good is given another")
+	}
+	w.skew = 100 * day
+	c.Now = clock(w.skew)
+	late := func(what string, c JoinConfig, want error) {
+		t.Helper()
+		if _, err := Join(t.Context(), c); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", what, err, want)
+		}
+		if !bytes.Equal(before, must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile)))) {
+			t.Errorf("%s: there is another certificate", what)
+		}
+	}
+	late("an expired token", c, client.ErrConflict)
+	w.dropTokens()
+	late("a token that is not known", c, client.ErrNotFound)
+	fresh := func() string {
+		token, _, err := MakeToken(t.Context(), w.cat, w.dir, time.Hour, w.now)
+		return must[string](t)(token, err)
+	}
+	other := c
+	other.Token = found(t).token()
+	late("another cluster's token", other, ErrIn)
+	c.Token = fresh()
+	fast := c
+	fast.Now = clock(w.skew + 3*time.Hour)
+	late("a clock hours ahead", fast, client.ErrConflict)
+
+	// A token and a name and id that are known to all are not enough.
+	me := Peer{Name: "n1", NodeID: w.state.NodeID, Address: w.at}
+	token := must[identity.JoinToken](t)(identity.ParseJoinToken(c.Token))
+	_, request, err := identity.NewNodeRequest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	say := func(path string, in any) error {
+		var answer any
+		return ask(t.Context(), &http.Transport{TLSClientConfig: token.TLS(), DisableKeepAlives: true}, me.Address, question{path, in, &answer})
+	}
+	if err := say("/node/v1/join", joinRequest{Secret: token.Secret, Name: "n2", NodeID: s.NodeID, Request: string(request), Host: s.Host, Port: s.Port, Time: w.now()}); !errors.Is(err, client.ErrExists) {
+		t.Errorf("a join with a node's name and id: %v, want ErrExists", err)
+	}
+	cert, signature, err := must[*identity.NodeTLS](t)(c.Dir.TLS(nil)).Vouch(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := rejoinRequest{Secret: token.Secret, Name: "n2", NodeID: s.NodeID, Host: s.Host, Request: string(request), Certificate: string(cert), Signature: signature, Time: w.now()}
+	for what, change := range map[string]func(*rejoinRequest){
+		"without a signature":        func(r *rejoinRequest) { r.Signature = nil },
+		"another request's":          func(r *rejoinRequest) { r.Request += "\n" },
+		"another node's name and id": func(r *rejoinRequest) { r.Name, r.NodeID = "n1", w.state.NodeID },
+		"no certificate":             func(r *rejoinRequest) { r.Certificate = "" },
+	} {
+		r := good
+		change(&r)
+		if err := say("/node/v1/rejoin", r); !errors.Is(err, client.ErrInvalid) {
+			t.Errorf("%s: %v, want ErrInvalid", what, err)
+		}
+	}
+
+	if _, err := Join(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := must[*identity.NodeTLS](t)(c.Dir.TLS(nil)).Leaf()
+	if who := whoIs(t, c.Dir); err != nil || leaf.NotAfter.Before(w.now().Add(80*day)) || who.NodeID != s.NodeID || who.Name != "n2" || w.wanted("n2").ID != s.NodeID {
+		t.Errorf("the new certificate is good until %s, of %+v (%v)", leaf.NotAfter, who, err)
+	}
+	before = must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile)))
+	w.skew = 200 * day
+	c.Now = clock(w.skew)
+	late("the token of before", c, client.ErrConflict)
+	c.Token = fresh()
+	n := w.wanted("n2")
+	n.ID = strings.Repeat("9", 32)
+	put(w, catalog.NodeKey(catalog.Wanted, "n2"), n)
+	late("a removed node, whose name another has", c, ErrRemoved)
+}
+
+const day = 24 * time.Hour
+
 // TestStillThere: a node that was removed, and that the catalogue therefore refuses, hears it from another node; one that nobody speaks to goes on asking.
 func TestStillThere(t *testing.T) {
 	w := found(t)

@@ -34,6 +34,8 @@ type joinRequest struct {
 	Time    time.Time                     `json:"time"` // on its clock
 	// Passed: a node without the authority's key passed it on, and is not to get it back.
 	Passed bool `json:"passed,omitempty"`
+
+	repeated bool // its token is used, by itself
 }
 
 // joinAnswer is what is answered.
@@ -109,7 +111,8 @@ type joining struct {
 	Request     string `json:"request"`
 }
 
-// Join makes this machine a node of the cluster that a token is of. The caller has seen to it that nothing is on it (ErrRemains). Afterwards node.json says who the node is, and
+// Join makes this machine a node of the cluster that a token is of. On a node of that very cluster it does nothing, or, if its certificate has ended, gets it another: the node goes on as it
+// is (ErrRemoved if it was removed). The caller has seen to it that nothing is on it (ErrRemains). Afterwards node.json says who the node is, and
 // the node is built anew from it; until then nothing has changed here. It may be repeated after a failure, with the same token. identity.ErrJoinToken, ErrFingerprint; ErrAddress; ErrIn; ErrClock;
 // client.ErrVersion, ErrUnreachable, and what the cluster refuses: ErrNotFound, ErrConflict (the token), ErrExists (the name), ErrInvalid.
 func Join(ctx context.Context, cfg JoinConfig) (State, error) {
@@ -119,10 +122,7 @@ func Join(ctx context.Context, cfg JoinConfig) (State, error) {
 		return State{}, err
 	}
 	if s, err := cfg.Dir.Load(); err == nil {
-		if t, err := cfg.Dir.TLS(nil); err == nil && identity.Fingerprint(t.Authority()) == token.Fingerprint {
-			return s, nil // the answer was taken, and whoever asked did not hear of it
-		}
-		return s, fmt.Errorf("%w: it is %s at %s in cluster %s, and not of the cluster that the token is of", ErrIn, s.Name, Address(s.Host, s.Port, 0), s.ClusterID)
+		return s, joinAgain(ctx, cfg, s, token)
 	} else if !errors.Is(err, ErrNone) {
 		return s, err
 	}
@@ -232,6 +232,7 @@ func (s *Server) join(ctx context.Context, in joinRequest) (joinAnswer, error) {
 	if err != nil {
 		return none, err
 	}
+	in.repeated = !token.Value.Used.IsZero()
 	if words := skew("node "+in.Name+"'s", in.Time, now); words != "" {
 		return none, client.Failure(client.CodeConflict, "join: "+words)
 	}
@@ -324,12 +325,18 @@ func (s *Server) nameIsFree(ctx context.Context, in joinRequest) error {
 		return nil
 	case err != nil:
 		return err
-	case n.Deleted == nil && (n.ID == in.NodeID || n.ID == "" && !s.cfg.Embedded): // with an etcd that was there before, its serve made the record
+	case n.Deleted == nil && (n.ID == in.NodeID && (in.repeated || !s.seen(ctx, in.Name)) || n.ID == "" && !s.cfg.Embedded): // with an etcd that was there before, its serve made the record
 		return nil
 	case n.Deleted != nil:
 		return client.Failure(client.CodeExists, fmt.Sprintf("join: a node called %s is being removed; wait until it is gone, or give this one another name (serve --name)", in.Name))
 	}
 	return client.Failure(client.CodeExists, fmt.Sprintf("join: there is a node called %s already; give this one another name (serve --name), or remove that one first (`ashlar node remove %s`)", in.Name, in.Name))
+}
+
+// seen tells whether a node was ever there. The id of one that was is known to others, and its certificate is for nobody who has no more than a token: see rejoin.
+func (s *Server) seen(ctx context.Context, name string) bool {
+	_, _, err := catalog.Read[catalog.NodeObserved](ctx, s.cfg.Catalog, catalog.NodeKey(catalog.Observed, name))
+	return !errors.Is(err, catalog.ErrNotFound)
 }
 
 // admit makes the node's record, and decides whether it is to be a voter: while there are fewer than MaxVoters. Of two that are admitted at once the later one gives way.

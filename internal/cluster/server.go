@@ -59,6 +59,7 @@ func NewServer(cfg ServerConfig) *Server {
 	}
 	s := &Server{cfg: cfg, mux: http.NewServeMux()}
 	s.mux.Handle("POST /node/v1/join", windowed(s.serveJoin))
+	s.mux.Handle("POST /node/v1/rejoin", windowed(s.serveRejoin))
 	s.mux.Handle("POST /node/v1/self", windowed(s.serveSelf))
 	s.mux.Handle("POST /node/v1/renew", windowed(s.known(s.serveRenew)))
 	s.mux.Handle("POST /node/v1/authority", windowed(s.known(s.serveAuthority)))
@@ -112,15 +113,7 @@ func (s *Server) peer(r *http.Request) (catalog.NodeWanted, error) {
 	if err != nil {
 		return catalog.NodeWanted{}, client.Failure(client.CodeFenced, "this is for nodes of the cluster, and no certificate of one was shown")
 	}
-	n, _, err := catalog.Read[catalog.NodeWanted](r.Context(), s.cfg.Catalog, catalog.NodeKey(catalog.Wanted, who.Name))
-	switch {
-	case errors.Is(err, catalog.ErrNotFound):
-	case err != nil:
-		return n, err
-	case n.ID == who.NodeID && who.ClusterID == s.cfg.State.ClusterID:
-		return n, nil
-	}
-	return n, client.Failure(client.CodeFenced, fmt.Sprintf("node %s (%s) is none of this cluster: it was removed, or another has its name", who.Name, who.NodeID))
+	return s.recordOf(r.Context(), who)
 }
 
 // selfAnswer is what a node of the cluster is told that asks whether it still is one.

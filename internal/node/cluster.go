@@ -492,15 +492,19 @@ func said(err error) error {
 
 // Join implements api.Cluster.
 func (m membership) Join(ctx context.Context, to, token, address string) error {
+	if st := m.n.state; st != nil { // it is done, or cannot be, or its certificate has ended
+		ended := cluster.Ended(m.n.tls, m.n.cfg.Now)
+		_, err := cluster.Join(ctx, cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: st.Name, Host: st.Host, Port: st.Port, Now: m.n.cfg.Now})
+		if ended {
+			return m.anew(err)
+		}
+		return said(err)
+	}
 	host, port, err := cluster.ParseAddress(address)
 	if err != nil {
 		return said(err)
 	}
 	cfg := cluster.JoinConfig{Dir: m.n.dir(), To: to, Token: token, Name: m.n.cfg.Name, Host: host, Port: port, Now: m.n.cfg.Now}
-	if m.n.state != nil { // it is done, or cannot be
-		_, err := cluster.Join(ctx, cfg)
-		return said(err)
-	}
 	if m.n.embedded() {
 		own, _, err := catalog.Read[catalog.Cluster](ctx, m.catalog, catalog.ClusterKey())
 		if err != nil {

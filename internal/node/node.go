@@ -187,7 +187,7 @@ func (n *Node) build(ctx context.Context) error {
 		after = l.after
 	}
 	n.loop("agent", after(ag.Run))
-	n.loop("control", after(control.New(control.Config{Catalog: cat, Leader: leader, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}, Now: n.cfg.Now, Log: n.cfg.Log}).Run))
+	n.loop("control", after(control.New(control.Config{Catalog: cat, Node: n.cfg.Name, Leader: leader, API: plan.Window{Min: cluster.APIMin, Current: cluster.APICurrent}, Now: n.cfg.Now, Log: n.cfg.Log}).Run))
 	n.loop("alive", after(func(ctx context.Context) error { return n.hold(ctx, cat) }))
 	handler := n.handler(cat, ag)
 	// Streams have no end of their own, and would hold up the shutdown of what serves them.
@@ -256,7 +256,7 @@ func codeOf(err error) string {
 		return string(api.CodeInvalid)
 	case errors.Is(err, cluster.ErrRemains):
 		return string(api.CodeInUse)
-	case errors.Is(err, cluster.ErrIn), errors.Is(err, cluster.ErrNone), errors.Is(err, cluster.ErrClock):
+	case errors.Is(err, cluster.ErrIn), errors.Is(err, cluster.ErrNone), errors.Is(err, cluster.ErrClock), errors.Is(err, cluster.ErrRemoved):
 		return string(api.CodeConflict)
 	}
 	return string(client.CodeOf(err))
