@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"ashlar/internal/catalog"
@@ -781,6 +782,33 @@ func TestClockSetBack(t *testing.T) {
 	}
 }
 
+// TestRenewalByWrongClock has a voter whose clock is weeks or months off sign for a node: what would be good for nobody else is not taken in place of what is good still.
+func TestRenewalByWrongClock(t *testing.T) {
+	w := found(t)
+	for _, name := range []string{"n2", "n3"} {
+		w.join(w.joiner(name))
+	}
+	c := w.joiner("n4")
+	s := w.join(c)
+	before := must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile)))
+	const age = 61 * 24 * time.Hour
+	k := w.keeper(c.Dir, s)
+	k.cfg.Now = func() time.Time { return time.Now().Add(age) }
+	for _, off := range []time.Duration{15 * 24 * time.Hour, -100 * 24 * time.Hour} {
+		w.skew = age + off
+		if err := k.renew(t.Context()); !errors.Is(err, ErrClock) {
+			t.Errorf("signed by a clock %s off: %v", off, err)
+		}
+		if now := must[[]byte](t)(os.ReadFile(c.Dir.Path(pemFile))); !bytes.Equal(now, before) {
+			t.Errorf("a certificate of a clock %s off is taken", off)
+		}
+	}
+	w.skew = age
+	if err := k.renew(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestReaddress gives a node another host: node.json, its place among the members, its certificate.
 func TestReaddress(t *testing.T) {
 	w := found(t)
@@ -1032,6 +1060,35 @@ func TestKeeperRuns(t *testing.T) {
 	if err := <-done; !errors.Is(err, ErrRemoved) {
 		t.Errorf("%v, want ErrRemoved", err)
 	}
+}
+
+// TestKeeperTellsOfVote: that a node votes is told when its own member knows it, so that its agent, which looks then, records it.
+func TestKeeperTellsOfVote(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cat := catalog.NewMem()
+		defer cat.Close()
+		knows := time.Now().Add(70 * time.Millisecond) // the bubble's
+		k := NewKeeper(KeeperConfig{Catalog: cat, Etcd: &fakeEtcd{members: []etcd.MemberInfo{{Name: "n2", Learner: true}}}, State: State{Name: "n2"}, Votes: func() bool { return !time.Now().Before(knows) }})
+		told := make(chan time.Time, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_ = cat.Watch(ctx, 0, func(e catalog.Event) error {
+				if e.Key.Kind == catalog.KindEvent {
+					told <- time.Now()
+				}
+				return nil
+			})
+		})
+		if err := k.promote(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if at := <-told; at.Before(knows) || at.After(knows.Add(votesTick)) {
+			t.Errorf("told %s after its member knew", at.Sub(knows))
+		}
+		cancel()
+		wg.Wait()
+	})
 }
 
 // TestState refuses a node.json that is none.

@@ -31,6 +31,8 @@ type KeeperConfig struct {
 	Roster *Roster
 	// Running: this node's member runs. It does not if it failed, or if the node is none.
 	Running func() bool
+	// Votes: this node's member knows that it votes, which it does a moment after the others; nil: it is not waited for.
+	Votes func() bool
 	Look    time.Duration    // how often it looks although nothing changed; zero: 10 s
 	Now     func() time.Time // nil: time.Now
 	Log     *slog.Logger     // nil: dropped
@@ -200,6 +202,9 @@ func (k *Keeper) become(ctx context.Context) error {
 // promoteLimit bounds one wait for a learner to catch up: what the records want meanwhile may be something else.
 const promoteLimit = 20 * time.Second
 
+// votesTick is how often a member that was promoted is looked at until it knows.
+const votesTick = 10 * time.Millisecond
+
 // promote gets this node's member its vote, as soon as it has caught up. The event is for people, and has every agent look again.
 func (k *Keeper) promote(ctx context.Context) error {
 	short, cancel := context.WithTimeout(ctx, promoteLimit)
@@ -207,10 +212,28 @@ func (k *Keeper) promote(ctx context.Context) error {
 	if err := k.cfg.Etcd.Promote(short, k.state.Name); err != nil {
 		return err
 	}
+	if err := k.knows(short); err != nil {
+		return err
+	}
 	k.cfg.Log.Info("this node is a voter")
 	return catalog.Note(ctx, k.cfg.Catalog, catalog.EventRecord{
 		Time: k.cfg.Now().UTC(), Type: catalog.Normal, Kind: catalog.KindNode, Name: k.state.Name, Reason: "Voter", Message: "its member of the catalogue votes",
 	})
+}
+
+// knows waits until this node's member knows of its vote. Every agent looks when it hears of it, this node's own too: it shall see then what it is to record, or it would look again after many
+// seconds only.
+func (k *Keeper) knows(ctx context.Context) error {
+	tick := time.NewTicker(votesTick)
+	defer tick.Stop()
+	for k.cfg.Votes != nil && !k.cfg.Votes() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("this node's member votes, and does not know it yet: %w", ctx.Err())
+		}
+	}
+	return nil
 }
 
 // resign ends this node's membership: the others forget its member, and the next start removes what it has of it.
@@ -270,6 +293,15 @@ func (k *Keeper) renew(ctx context.Context) error {
 	var a renewAnswer
 	if err := askVoters(ctx, k.cfg.TLS, peers, question{"/node/v1/renew", renewRequest{Request: string(request), Host: k.state.Host}, &a}); err != nil {
 		return err
+	}
+	c, err := identity.ParseCertificate([]byte(a.Certificate))
+	if err != nil {
+		return err
+	}
+	// A voter whose clock is wrong signs what nobody else takes; the one that is shown now is good for weeks yet.
+	if now := k.cfg.Now(); stale(c.NotBefore, c.NotAfter, now) {
+		return fmt.Errorf("%w: a voter signed a certificate that is good from %s to %s, and it is %s here: set the clock that is wrong", ErrClock,
+			c.NotBefore.UTC().Format(time.RFC3339), c.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
 	}
 	return k.cfg.Dir.keepCertificate(key, []byte(a.Certificate))
 }

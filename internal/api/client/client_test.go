@@ -196,3 +196,18 @@ func TestForeignAnswers(t *testing.T) {
 		srv.Close()
 	}
 }
+
+// TestNodeTimeRefused wants the reason when a node cannot be asked for the time: the question's own answer has no body.
+func TestNodeTimeRefused(t *testing.T) {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		_, _ = w.Write([]byte(`{"type":"error","reason":"unreachable","message":"its certificate is not good yet"}`))
+	}))
+	defer srv.Close()
+	c, ctx := connect(t, srv.URL)
+	if _, err := c.NodeTime(ctx, "n2"); api.CodeOf(err) != api.CodeUnreachable {
+		t.Errorf("without its reason: %v", err)
+	} else {
+		t.Log(err)
+	}
+}
