@@ -75,6 +75,14 @@ func TestScripts(t *testing.T) {
 			"cluster": func(ts *testscript.TestScript, _ bool, _ []string) {
 				ts.Check(threeNodes(ts.Value("records").(*catalog.Mem)))
 			},
+			// leads NODE: it plans for the cluster.
+			"leads": func(ts *testscript.TestScript, _ bool, args []string) {
+				_, _, err := catalog.Upsert(context.Background(), ts.Value("records").(*catalog.Mem), catalog.LeaderKey(), func(l *catalog.Leader) error {
+					l.Node = args[0]
+					return nil
+				})
+				ts.Check(err)
+			},
 			// breakdisk NODE DISK: the node says that it cannot use the disk.
 			"breakdisk": func(ts *testscript.TestScript, _ bool, args []string) {
 				_, _, err := catalog.Update(context.Background(), ts.Value("records").(*catalog.Mem), catalog.NodeKey(catalog.Observed, args[0]), func(o *catalog.NodeObserved) error {

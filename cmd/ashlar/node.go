@@ -45,7 +45,7 @@ func (a *app) nodeTable(nodes []api.NodeOverview) {
 		for _, d := range n.Disks {
 			total, free = total+d.StorageMaximum, free+d.StorageAvailable
 		}
-		rows = append(rows, []string{n.Name, address(n.Node), n.State, takes(n.Node), dash(n.Version), voter(n.Node), dash(n.PlacementZone), fmt.Sprint(len(n.Disks)), size(total), size(free),
+		rows = append(rows, []string{n.Name, address(n.Node), leads(n.Node), takes(n.Node), dash(n.Version), voter(n.Node), dash(n.PlacementZone), fmt.Sprint(len(n.Disks)), size(total), size(free),
 			fmt.Sprint(n.Copies), fmt.Sprint(n.Attached)})
 	}
 	a.table(rows)
@@ -60,6 +60,14 @@ func address(n api.Node) string {
 		return fmt.Sprintf("[%s]:%d", n.Address, n.Port)
 	}
 	return fmt.Sprintf("%s:%d", n.Address, n.Port)
+}
+
+// leads is a node's state, and that it plans for all: of one in no cluster that goes without saying.
+func leads(n api.Node) string {
+	if n.Leads && n.Port != 0 {
+		return n.State + ", leads"
+	}
+	return n.State
 }
 
 // takes tells whether a node takes copies.
@@ -125,7 +133,7 @@ func (a *app) showNode(n api.Node, has api.NodeContents) {
 	if n.Voter && member == "" {
 		member = "to be voter"
 	}
-	a.fields("Name", n.Name, "State", n.State, "Address", address(n), "Zone", n.PlacementZone, "Tags", strings.Join(n.Tags, ", "), "Takes copies", takes(n), "Version", n.Version, "Data process", data,
+	a.fields("Name", n.Name, "State", leads(n), "Address", address(n), "Zone", n.PlacementZone, "Tags", strings.Join(n.Tags, ", "), "Takes copies", takes(n), "Version", n.Version, "Data process", data,
 		"Catalogue", member, "Serve began", since, "Attached", few(has.Attached), "Copies", countOf(len(has.Copies), "of volumes")+", "+countOf(len(has.Images), "of images"), "Id", n.NodeID)
 	for _, name := range slices.Sorted(maps.Keys(n.Conditions)) {
 		if c := n.Conditions[name]; c.Status == "False" && c.Message != "" {

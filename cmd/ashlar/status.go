@@ -147,6 +147,11 @@ func countNodes(nodes []api.NodeOverview) string {
 	if voters > 0 {
 		said += fmt.Sprintf("; %d of %d members of the catalogue vote", members, voters)
 	}
+	for _, n := range nodes {
+		if n.Leads {
+			said += "; " + n.Name + " leads"
+		}
+	}
 	return said
 }
 

@@ -105,6 +105,7 @@ type nodeSet struct {
 	listed[catalog.NodeWanted, catalog.NodeObserved]
 	alive  map[string]catalog.Alive
 	silent map[string]time.Time // since when those that are down are, if loadNodesSince looked
+	leader string               // who plans for all, if loadNodesSince looked; "": nobody, at the moment
 }
 
 func (h *Handler) loadNodes(ctx context.Context) (nodeSet, error) {
@@ -118,9 +119,14 @@ func (h *Handler) loadNodes(ctx context.Context) (nodeSet, error) {
 	return n, err
 }
 
-// loadNodesSince is loadNodes, and looks among the events for when those that are down fell silent.
+// loadNodesSince is loadNodes, and looks for who leads, and among the events for when those that are down fell silent.
 func (h *Handler) loadNodesSince(ctx context.Context) (nodeSet, error) {
 	n, err := h.loadNodes(ctx)
+	if err != nil {
+		return n, err
+	}
+	leader, _, err := find[catalog.Leader](ctx, h.cfg.Catalog, catalog.LeaderKey())
+	n.leader = leader.Node
 	if err != nil || !slices.ContainsFunc(n.names(), n.down) {
 		return n, err
 	}

@@ -64,6 +64,7 @@ func (h *Handler) node(c *call, nodes nodeSet, name string) Node {
 		Resource: c.resource(name, actions...), Name: name, Address: o.Address, AllowScheduling: w.AllowScheduling, EvictionRequested: w.EvictionRequested,
 		Tags: tags(w.Tags), Version: o.Version, DataVersion: o.Data.Version, DataPID: o.Data.PID, Conditions: conditions(o.Conditions), Disks: map[string]Disk{},
 		PlacementZone: w.Zone, NodeID: w.ID, Port: o.Port, Voter: w.Voter, Member: o.Member, APIMin: o.APIMin, APICurrent: o.APICurrent, State: nodes.state(name),
+		Leads: nodes.leader == name,
 	}
 	if w.Deleted != nil {
 		res.DeletionTimestamp = stamp(*w.Deleted)

@@ -95,6 +95,26 @@ func get[T any](x *fixture, path string) T {
 	return v
 }
 
+// TestWhoLeads: the node whose control plans for all is shown, among the nodes and in the overview.
+func TestWhoLeads(t *testing.T) {
+	inCluster(t, Config{}, func(x *fixture) {
+		for _, want := range []string{"", "n2", "n3"} {
+			if want != "" {
+				record(x, catalog.LeaderKey(), catalog.Leader{Node: want})
+			}
+			o := get[Overview](x, "/v1/overview")
+			if o.Leader != want {
+				t.Errorf("the overview says %q leads, not %q", o.Leader, want)
+			}
+			for _, n := range o.Nodes {
+				if leads := n.Name == want; n.Leads != leads || get[Node](x, "/v1/nodes/"+n.Name).Leads != leads {
+					t.Errorf("%s leads: %v", n.Name, n.Leads)
+				}
+			}
+		}
+	})
+}
+
 // TestNodesOfACluster: what a node cannot say itself is said for it.
 func TestNodesOfACluster(t *testing.T) {
 	inCluster(t, Config{}, func(x *fixture) {

@@ -17,6 +17,7 @@ type Overview struct {
 	Node     string          `json:"node"`    // which answers
 	Version  string          `json:"version"` // its
 	Ready    bool            `json:"ready"`   // as /readyz says
+	Leader   string          `json:"leader"`  // the node whose control plans for the cluster; "": none, at the moment
 	Nodes    []NodeOverview  `json:"nodes"`
 	Volumes  map[string]int  `json:"volumes"` // how many, by state
 	Health   map[string]int  `json:"health"`  // how many volumes, by robustness
@@ -72,6 +73,7 @@ func (h *Handler) overview(c *call) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	out.Leader = nodes.leader
 	h.overviewNodes(c, nodes, &out)
 	if err := h.overviewVolumes(ctx, nodes, &out); err != nil {
 		return nil, err

@@ -217,6 +217,7 @@ type Node struct {
 	NodeID            string               `json:"nodeID"`        // ours: never used again; "" in no cluster
 	Port              int                  `json:"port"`          // ours: the first of its four ports; 0 in no cluster
 	Voter             bool                 `json:"voter"`         // ours: it is to keep a member of the catalogue
+	Leads             bool                 `json:"leads"`         // ours: its control plans for the whole cluster
 	Member            string               `json:"member"`        // ours: that member: "", learner, voter, or why it failed
 	APIMin            int                  `json:"apiMin"`        // ours: the versions it speaks to other nodes
 	APICurrent        int                  `json:"apiCurrent"`

@@ -99,7 +99,7 @@ func (b Backed) write(w io.Writer, format int, es []Entry) error {
 }
 
 // Restore puts the records of a backup into a catalogue that has none, or only some of these very records: so one that was interrupted can be repeated. Operations
-// are left out: what was asked for before the backup may have been carried out since, and must not be done again. Nothing else may use the catalogue
+// are left out: what was asked for before the backup may have been carried out since, and must not be done again; so is what is there only while somebody holds it. Nothing else may use the catalogue
 // meanwhile. A volume that was opened after the backup is then refused (its replicas know more: design, invariant 14) until `ashlar recover`. ErrBackup, ErrNewer,
 // ErrNotEmpty, ErrUnreachable (repeat it).
 func Restore(ctx context.Context, c Catalog, r io.Reader) (Backed, error) {
@@ -118,11 +118,13 @@ func Restore(ctx context.Context, c Catalog, r io.Reader) (Backed, error) {
 		}
 	}
 	for _, r := range b.Records {
-		if k, _ := ParseKey(r.Key); k.Kind == KindOperation {
+		switch k, _ := ParseKey(r.Key); {
+		case k.Kind == KindOperation:
 			out.Operations++
+		case !k.held():
+			out.Records++
 		}
 	}
-	out.Records = len(b.Records) - out.Operations
 	return out, nil
 }
 
@@ -173,7 +175,7 @@ func (b backup) missing(ctx context.Context, c Catalog) ([]Entry, error) {
 	var out []Entry
 	for _, rec := range b.Records {
 		k, _ := ParseKey(rec.Key)
-		if k.Kind == KindOperation {
+		if k.Kind == KindOperation || k.held() {
 			continue
 		}
 		value, ok := there[rec.Key]

@@ -170,3 +170,26 @@ func FuzzRestore(f *testing.F) {
 		}
 	})
 }
+
+// TestRestoreHeld: what was there only while somebody held it is not restored, where nobody does.
+func TestRestoreHeld(t *testing.T) {
+	m := furnished(t)
+	for _, k := range []Key{AliveKey("n1"), LeaderKey()} {
+		if _, err := Write(t.Context(), m, k, Alive{Node: "n1"}, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var doc bytes.Buffer
+	if did, err := Export(t.Context(), m, &doc); err != nil || did.Records != 8 {
+		t.Fatalf("%+v %v", did, err)
+	}
+	into := NewMem()
+	for range 2 { // it can be repeated
+		if did, err := Restore(t.Context(), into, bytes.NewReader(doc.Bytes())); err != nil || did.Records != 5 || did.Operations != 1 {
+			t.Fatalf("%+v %v", did, err)
+		}
+	}
+	if got := dump(t, into); strings.Contains(got, "alive/") || strings.Contains(got, "leader/") {
+		t.Errorf("restored:\n%s", got)
+	}
+}

@@ -40,6 +40,7 @@ const (
 	KindToken      Kind = "token"   // credentials of REST clients; never their secrets
 	KindJoin       Kind = "join"    // join tokens; never their secrets
 	KindAlive      Kind = "alive"   // by node: there while the node's serve lives (Catalog.Hold)
+	KindLeader     Kind = "leader"  // one record: there while somebody leads (Catalog.Hold); for people, who leads is settled elsewhere
 )
 
 // Part says whose half of a noun a record is.
@@ -227,6 +228,12 @@ type Alive struct {
 	BootID  string    `json:"bootID"`
 	Version string    `json:"version"`
 	Since   time.Time `json:"since"`
+}
+
+// Leader says which node's control plans for the cluster. Owner: that control, through Hold.
+type Leader struct {
+	Node  string    `json:"node"`
+	Since time.Time `json:"since"`
 }
 
 // Join is a join token. Owner: the API; Used…: the node that answered the joiner, by compare-and-swap.

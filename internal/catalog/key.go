@@ -61,3 +61,9 @@ func JoinKey(name string) Key { return Key{KindJoin, Wanted, name} }
 
 // AliveKey names the record that is there while a node lives.
 func AliveKey(node string) Key { return Key{KindAlive, Observed, node} }
+
+// LeaderKey names the record that is there while somebody leads.
+func LeaderKey() Key { return Key{KindLeader, Observed, "leader"} }
+
+// held tells whether a record is there only while somebody holds it.
+func (k Key) held() bool { return k.Kind == KindAlive || k.Kind == KindLeader }

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"log/slog"
 	"strings"
 	"time"
@@ -31,6 +32,7 @@ func (Alone) Lead(ctx context.Context, fn func(context.Context) error) error { r
 // Config is what control needs of the world.
 type Config struct {
 	Catalog catalog.Catalog
+	Node    string           // says of this node that it leads, while it does (catalog.KindLeader); "": nothing is said
 	Leader  Leader           // nil: Alone
 	Resync  time.Duration    // how often it plans although nothing changed; zero: 30 s
 	Now     func() time.Time // nil: time.Now
@@ -54,7 +56,8 @@ type Control struct {
 const (
 	resync = 30 * time.Second
 	// holdFor is how long a write that failed waits for the watch to show why.
-	holdFor = 200 * time.Millisecond
+	holdFor       = 200 * time.Millisecond
+	announceRetry = time.Second
 	// share bounds what planning takes of a processor: after a round it rests so many times as long as its plans took, but not longer than restMax, and takes what changed meanwhile together.
 	share   = 2
 	restMax = 100 * time.Millisecond
@@ -110,7 +113,8 @@ func (c *Control) lead(ctx context.Context) error {
 			}
 		})
 	}
-	stopped := background(follow)
+	stopped, silent := background(follow), background(func() { c.announce(ctx) })
+	defer silent()
 	defer stopped()
 	defer cancel()
 
@@ -138,6 +142,27 @@ func (c *Control) lead(ctx context.Context) error {
 			}
 		}
 		timer.Reset(wait)
+	}
+}
+
+// announce says who leads, until ctx ends.
+func (c *Control) announce(ctx context.Context) {
+	if c.cfg.Node == "" {
+		return
+	}
+	value, err := json.Marshal(catalog.Leader{Node: c.cfg.Node, Since: c.cfg.Now().UTC()})
+	if err != nil { // it has nothing that cannot be encoded
+		panic(err)
+	}
+	for ctx.Err() == nil {
+		err := c.cfg.Catalog.Hold(ctx, catalog.Holding{Key: catalog.LeaderKey(), Value: value, TTL: catalog.AliveTTL}, func(catalog.Rev) {})
+		c.cfg.Log.Debug("it is not said who leads; trying again", "error", err)
+		retry := time.NewTimer(announceRetry)
+		select {
+		case <-ctx.Done():
+		case <-retry.C:
+		}
+		retry.Stop()
 	}
 }
 

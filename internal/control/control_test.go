@@ -290,6 +290,40 @@ func TestLeader(t *testing.T) {
 	})
 }
 
+// TestLeaderIsSaid: a record says who leads while it does, also after it was lost, and goes with it.
+func TestLeaderIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t)
+		says := func(want string) {
+			t.Helper()
+			synctest.Wait()
+			if l, _ := get[catalog.Leader](c, catalog.LeaderKey()); l.Node != want || want != "" && l.Since.IsZero() {
+				t.Errorf("%q leads, want %q", l.Node, want)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		l := turns{make(chan context.Context)}
+		done := make(chan error, 1)
+		ctl := control.New(control.Config{Catalog: c.mem, Node: "n1", Leader: l})
+		go func() { done <- ctl.Run(ctx) }()
+		says("")
+		for range 2 {
+			lead, resign := context.WithCancel(t.Context())
+			l.begin <- lead
+			says("n1")
+			c.mem.Away(true)
+			<-time.After(2 * catalog.AliveTTL)
+			c.mem.Away(false)
+			<-time.After(2 * time.Second)
+			says("n1")
+			resign()
+			says("")
+		}
+		cancel()
+		<-done
+	})
+}
+
 // TestTwoLeaders: two that both think they lead get in each other's way, but do no harm.
 func TestTwoLeaders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
