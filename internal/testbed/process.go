@@ -1,5 +1,13 @@
-// Package testbed starts Ashlar for proofs: one node as real processes in a scratch directory, driven through its own command line like a person
-// would, with verbs for what goes wrong (kill this process, kill that one). The demo, the benchmark and the integration tests stand on it.
+// Package testbed starts Ashlar for proofs, one node or many, with verbs for what goes wrong. The demo, the benchmark and the integration tests stand on it.
+//
+//	form               file        a node is                                            what can go wrong
+//	Process, Cluster   cluster.go  its real processes, driven by its own command line   kill -9 of each, pause
+//	… on a Switch      switch.go   the same, each in a network namespace (root)         partition, also one-way; delay
+//	Inside             inside.go   goroutines of this process                           stops and starts, clock jumps
+//
+// Inside has the data process and the holder in this process as well, and not as children: they share nothing but sockets, files and locks with the others (a flock is an open file's, not a process's),
+// so nothing of them had to change but who starts the holder; and a race detector that did not see them would miss half of the house. What only a process can show (kill -9, hand-over to a successor,
+// imports in work processes, what the environment says) is Cluster's.
 //
 // Read next: demo, bench, and the tests in this package.
 package testbed
