@@ -723,7 +723,7 @@ func (w *world) keeper(d Dir, s State) *Keeper {
 			_, err := w.etcd.AddLearner(context.Background(), s.Name, s.Self().PeerURL)
 			return err
 		},
-		Running: func() bool { return true }})
+		Member: func() etcd.State { return etcd.StateVoter }})
 }
 
 // TestRenewal lets two months pass: voters sign for themselves, others have a voter sign; the certificate keeps its node.
@@ -1062,13 +1062,30 @@ func TestKeeperRuns(t *testing.T) {
 	}
 }
 
-// TestKeeperTellsOfVote: that a node votes is told when its own member knows it, so that its agent, which looks then, records it.
+// TestKeeperTellsOfVote: a member that starts is promoted as soon as it is there, and that it votes is told when it knows so itself: its node's agent, which looks then, records it.
 func TestKeeperTellsOfVote(t *testing.T) {
+	w := found(t)
+	c := w.joiner("n2")
+	s := w.join(c)
 	synctest.Test(t, func(t *testing.T) {
-		cat := catalog.NewMem()
+		cat := catalog.NewMem() // the world's is not of the bubble
 		defer cat.Close()
-		knows := time.Now().Add(70 * time.Millisecond) // the bubble's
-		k := NewKeeper(KeeperConfig{Catalog: cat, Etcd: &fakeEtcd{members: []etcd.MemberInfo{{Name: "n2", Learner: true}}}, State: State{Name: "n2"}, Votes: func() bool { return !time.Now().Before(knows) }})
+		if _, err := catalog.Write(t.Context(), cat, catalog.NodeKey(catalog.Wanted, "n2"), w.wanted("n2"), 0); err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now() // the bubble's
+		there, knows := began.Add(3*time.Second), began.Add(3500*time.Millisecond)
+		k := w.keeper(c.Dir, s)
+		k.cfg.Catalog, k.cfg.Etcd = cat, &fakeEtcd{members: []etcd.MemberInfo{{Name: "n2", Learner: true}}}
+		k.cfg.Member = func() etcd.State {
+			switch now := time.Now(); {
+			case now.Before(there):
+				return etcd.StateStarting
+			case now.Before(knows):
+				return etcd.StateLearner
+			}
+			return etcd.StateVoter
+		}
 		told := make(chan time.Time, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
@@ -1080,9 +1097,7 @@ func TestKeeperTellsOfVote(t *testing.T) {
 				return nil
 			})
 		})
-		if err := k.promote(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		wg.Go(func() { _ = k.Run(ctx) })
 		if at := <-told; at.Before(knows) || at.After(knows.Add(votesTick)) {
 			t.Errorf("told %s after its member knew", at.Sub(knows))
 		}

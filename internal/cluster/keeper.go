@@ -29,13 +29,11 @@ type KeeperConfig struct {
 	Rejoin func(context.Context, State) error
 	// Roster is kept as the records are; nil: nobody asks it.
 	Roster *Roster
-	// Running: this node's member runs. It does not if it failed, or if the node is none.
-	Running func() bool
-	// Votes: this node's member knows that it votes, which it does a moment after the others; nil: it is not waited for.
-	Votes func() bool
-	Look    time.Duration    // how often it looks although nothing changed; zero: 10 s
-	Now     func() time.Time // nil: time.Now
-	Log     *slog.Logger     // nil: dropped
+	// Member is what this node's member is doing, as it knows itself.
+	Member func() etcd.State
+	Look   time.Duration    // how often it looks although nothing changed; zero: 10 s
+	Now    func() time.Time // nil: time.Now
+	Log    *slog.Logger     // nil: dropped
 }
 
 // Keeper keeps a node in its cluster as the records want it. One goroutine.
@@ -107,6 +105,8 @@ func (k *Keeper) Run(ctx context.Context) error {
 		if err != nil && ctx.Err() == nil {
 			k.cfg.Log.Warn("cluster: not as it should be yet; trying again", "error", err)
 			tick.Reset(retry)
+		} else if k.cfg.Embedded && k.cfg.Member() == etcd.StateStarting {
+			tick.Reset(startingLook)
 		} else {
 			tick.Reset(k.cfg.Look)
 		}
@@ -115,6 +115,15 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 // retry is the wait after a step failed.
 const retry = time.Second
+
+// startingLook is how often it looks while this node's member starts: nobody tells when it is there.
+const startingLook = 50 * time.Millisecond
+
+// runs tells whether this node's member takes part.
+func (k *Keeper) runs() bool {
+	state := k.cfg.Member()
+	return state == etcd.StateVoter || state == etcd.StateLearner
+}
 
 // step does what is to be done now.
 func (k *Keeper) step(ctx context.Context) error {
@@ -151,7 +160,7 @@ func (k *Keeper) step(ctx context.Context) error {
 	switch {
 	case wanted && !k.state.Voter:
 		return k.become(ctx)
-	case wanted && k.cfg.Running() && (i < 0 || members[i].Learner): // nameless until the others know that it has started
+	case wanted && k.runs() && (i < 0 || members[i].Learner): // nameless until the others know that it has started
 		k.cfg.Log.Info("this node's member of the catalogue gets its vote when it has caught up")
 		return k.promote(ctx)
 	case !wanted && k.state.Voter:
@@ -226,7 +235,7 @@ func (k *Keeper) promote(ctx context.Context) error {
 func (k *Keeper) knows(ctx context.Context) error {
 	tick := time.NewTicker(votesTick)
 	defer tick.Stop()
-	for k.cfg.Votes != nil && !k.cfg.Votes() {
+	for k.cfg.Member() != etcd.StateVoter {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

@@ -4,7 +4,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -40,9 +39,7 @@ func (a *Authority) Vouched(requestPEM, certPEM, signature []byte) (Node, error)
 	if err != nil {
 		return bad(err)
 	}
-	roots := x509.NewCertPool()
-	roots.AddCert(a.cert)
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, CurrentTime: leaf.NotAfter, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+	if err := leaf.CheckSignatureFrom(a.cert); err != nil {
 		return bad(err)
 	}
 	key, ok := leaf.PublicKey.(*ecdsa.PublicKey)

@@ -293,14 +293,14 @@ func (n *Node) memberState() string {
 	}
 }
 
-// memberRuns tells whether this node's member runs.
-func (n *Node) memberRuns() bool {
+// memberIs is what this node's member is doing.
+func (n *Node) memberIs() etcd.State {
 	s := n.store.Load()
 	if s == nil {
-		return false
+		return etcd.StateNone
 	}
 	state, _ := s.MemberState()
-	return state == etcd.StateVoter || state == etcd.StateLearner
+	return state
 }
 
 // wait waits; false if ctx ended first.
@@ -324,7 +324,7 @@ func (n *Node) startCluster(l *late, ln net.Listener, ledger *agent.Agent, rest 
 	n.loop("the node port "+ln.Addr().String(), func(ctx context.Context) error { return server.Serve(ctx, ln) })
 	n.loop("cluster", l.after(func(ctx context.Context) error {
 		keeper := cluster.NewKeeper(cluster.KeeperConfig{
-			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Roster: n.guarding(), Running: n.memberRuns, Now: n.cfg.Now, Log: n.cfg.Log,
+			Dir: n.dir(), State: *n.state, TLS: n.tls, Catalog: l, Embedded: n.embedded(), Etcd: l, Roster: n.guarding(), Member: n.memberIs, Now: n.cfg.Now, Log: n.cfg.Log,
 			Rejoin: func(ctx context.Context, s cluster.State) error { return etcd.Rejoin(ctx, n.clusterOptions(s)) },
 		})
 		err := keeper.Run(ctx)
@@ -592,6 +592,15 @@ func (m membership) Token(ctx context.Context, life time.Duration) (string, cata
 	}
 	token, record, err := cluster.MakeToken(ctx, m.catalog, m.n.dir(), life, m.n.cfg.Now)
 	return token, record, said(err)
+}
+
+// FullAddress is HOST:PORT of an address as people give it, with the port that a node has unless another is named; what is no address stays as it is.
+func FullAddress(address string) string {
+	host, port, err := cluster.ParseAddress(address)
+	if err != nil {
+		return address
+	}
+	return cluster.Address(host, port, 0)
 }
 
 // Readdress changes where a node whose serve does not run is reached; ErrInUse if it runs (ask it instead), cluster's errors.

@@ -58,3 +58,15 @@ func TestCheck(t *testing.T) {
 		}
 	}
 }
+
+// TestFullAddress: the port that a node has unless another is named, also of an IPv6 address.
+func TestFullAddress(t *testing.T) {
+	for address, want := range map[string]string{
+		"192.0.2.1": "192.0.2.1:9510", "192.0.2.1:77": "192.0.2.1:77", "kvm1.example": "kvm1.example:9510", "2001:db8::1": "[2001:db8::1]:9510", "[2001:db8::1]": "[2001:db8::1]:9510",
+		"[2001:db8::1]:77": "[2001:db8::1]:77", "what?": "what?",
+	} {
+		if got := FullAddress(address); got != want {
+			t.Errorf("%q: %q, want %q", address, got, want)
+		}
+	}
+}
