@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,7 +27,7 @@ const (
 	// streamGap is more than the least time between two messages of a websocket (docs/rest.md, "Streams"): each change is one by itself, and nothing it waits for is the one before.
 	streamGap      = 110 * time.Millisecond
 	clusterVolumes = 5000
-	postLimit      = 40 * time.Second // to ask for them
+	postLimit      = 90 * time.Second // to ask for them
 	oneMoreLimit   = 30 * time.Second // to create and attach six more
 	clusterIdle    = 10 * time.Second
 	clusterLists   = 3 // of each kind, on each node
@@ -244,11 +247,12 @@ func (b *bench) filled(ctx context.Context, w *nodes) error {
 	if err := b.listed(ctx, w, with, n); err != nil {
 		return err
 	}
-	rss, err := w.needs(ctx, with)
+	most, err := w.needs(ctx, with)
 	if err != nil {
 		return err
 	}
-	b.note(result{What: with + ": serve of the largest node, resident MiB", Ours: rss, Target: "reported", Holds: true})
+	b.note(result{What: with + ": serve of the largest node, resident MiB", Ours: most.resident, Target: "reported", Holds: true})
+	b.note(result{What: with + ": serve of the busiest node at rest, % of a core", Ours: most.cpu, Ratio: most.cpu / 3, Target: "<= 3 %", Holds: most.cpu <= 3})
 	return b.oneMore(with+" records", "late")(ctx, w)
 }
 
@@ -289,17 +293,20 @@ func (w *nodes) fill(ctx context.Context) (n int, err error) {
 
 // listed asks every node for what there is.
 func (b *bench) listed(ctx context.Context, w *nodes, with string, n int) error {
-	var worstStatus, worstList float64
+	var worstStatus, worstList, worstDecoded float64
 	for _, node := range w.all {
-		var status, list, overview times
+		var status, list, decoded, overview times
 		for range clusterLists {
+			if err := list.run(func() error { return node.get(ctx, "/v1/volumes") }); err != nil {
+				return err
+			}
 			if err := status.run(func() error { return node.p.Run(ctx, nil, "status") }); err != nil {
 				return err
 			}
 			if err := overview.run(func() error { _, err := node.c.Overview(ctx); return err }); err != nil {
 				return err
 			}
-			err := list.run(func() error {
+			err := decoded.run(func() error {
 				all, err := node.c.Volumes(ctx)
 				if err == nil && len(all) != n {
 					err = fmt.Errorf("%w: %s lists %d volumes of %d", errBench, node.node, len(all), n)
@@ -310,17 +317,45 @@ func (b *bench) listed(ctx context.Context, w *nodes, with string, n int) error 
 				return err
 			}
 		}
-		fmt.Printf("  %s: ashlar status median %.0f ms, slowest %.0f (of it REST %.0f ms); GET /v1/volumes median %.0f ms, slowest %.0f\n", node.node, median(status.all), status.worst(), median(overview.all),
-			median(list.all), list.worst())
-		worstStatus, worstList = max(worstStatus, median(status.all)), max(worstList, median(list.all))
+		fmt.Printf("  %s: ashlar status median %.0f ms, slowest %.0f (of it REST %.0f ms); GET /v1/volumes median %.0f ms, slowest %.0f, decoded %.0f ms\n", node.node, median(status.all), status.worst(),
+			median(overview.all), median(list.all), list.worst(), median(decoded.all))
+		worstStatus, worstList, worstDecoded = max(worstStatus, median(status.all)), max(worstList, median(list.all)), max(worstDecoded, median(decoded.all))
 	}
 	b.note(result{What: with + ": ashlar status, the slowest node's median, ms", Ours: worstStatus, Ratio: worstStatus / 1000, Target: "<= 1 s", Holds: worstStatus <= 1000})
-	b.note(result{What: with + ": GET /v1/volumes, the slowest node's, ms", Ours: worstList, Ratio: worstList / 1000, Target: "<= 1 s", Holds: worstList <= 1000})
+	b.note(result{What: with + ": GET /v1/volumes, the slowest node's, ms", Ours: worstList, Ratio: worstList / 250, Target: "<= 250 ms", Holds: worstList <= 250})
+	b.note(result{What: with + ": the same, decoded by the client, ms", Ours: worstDecoded, Ratio: worstDecoded / 1000, Target: "<= 1 s", Holds: worstDecoded <= 1000})
 	return nil
 }
 
-// needs prints what each node's processes take while nobody asks them for anything. It returns the most that a serve has resident, in MiB.
-func (w *nodes) needs(ctx context.Context, with string) (most float64, err error) {
+// get reads an answer of the node's REST to its end, and looks at nothing in it.
+func (c *crowd) get(ctx context.Context, path string) error {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", client.Socket(c.p.RunDir))
+	}}
+	defer transport.CloseIdleConnections()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://localhost"+path, nil)
+	if err != nil {
+		return err
+	}
+	res, err := (&http.Client{Transport: transport}).Do(r)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if _, err := io.Copy(io.Discard, res.Body); err != nil {
+		return err
+	}
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("%w: GET %s of %s: %s", errBench, path, c.node, res.Status)
+	}
+	return nil
+}
+
+// need is what a serve has resident, in MiB, and takes of a core, in per cent.
+type need struct{ resident, cpu float64 }
+
+// needs prints what each node's processes take while nobody asks them for anything. It returns the most that a serve takes.
+func (w *nodes) needs(ctx context.Context, with string) (most need, err error) {
 	subs := []string{"serve", "data", "hold"}
 	used := func() (all [][]float64, err error) {
 		for _, node := range w.all {
@@ -338,29 +373,30 @@ func (w *nodes) needs(ctx context.Context, with string) (most float64, err error
 	}
 	before, err := used()
 	if err != nil {
-		return 0, err
+		return most, err
 	}
 	start := time.Now()
 	select {
 	case <-time.After(clusterIdle):
 	case <-ctx.Done():
-		return 0, ctx.Err()
+		return most, ctx.Err()
 	}
 	took := time.Since(start).Seconds()
 	after, err := used()
 	if err != nil {
-		return 0, err
+		return most, err
 	}
 	for i, node := range w.all {
 		fmt.Printf("  %s with %s, idle for %.0f s:", node.node, with, took)
 		for k, sub := range subs {
 			v, err := node.p.Vitals(sub)
 			if err != nil {
-				return 0, err
+				return most, err
 			}
-			fmt.Printf("  %s %.2f %% of a core, %.0f MiB resident, %.0f private;", sub, 100*(after[i][k]-before[i][k])/took, float64(v.ResidentBytes)/(1<<20), float64(v.PrivateBytes)/(1<<20))
+			cpu, resident := 100*(after[i][k]-before[i][k])/took, float64(v.ResidentBytes)/(1<<20)
+			fmt.Printf("  %s %.2f %% of a core, %.0f MiB resident, %.0f private;", sub, cpu, resident, float64(v.PrivateBytes)/(1<<20))
 			if sub == "serve" {
-				most = max(most, float64(v.ResidentBytes)/(1<<20))
+				most = need{resident: max(most.resident, resident), cpu: max(most.cpu, cpu)}
 			}
 		}
 		fmt.Println()
@@ -397,7 +433,7 @@ func (b *bench) oneMore(with, prefix string) func(context.Context, *nodes) error
 			}
 		}
 		fmt.Printf("  one more volume beside %s: create %.0f ms, attach %.0f ms (medians of %d; slowest %.0f and %.0f)\n", with, median(create.all), median(attach.all), len(both.all), create.worst(), attach.worst())
-		b.note(result{What: "create + attach beside " + with + ", ms", Ours: median(both.all), Target: "reported", Holds: true})
+		b.note(result{What: "create + attach beside " + with + ", the slowest, ms", Ours: both.worst(), Ratio: both.worst() / 5000, Target: "<= 5 s", Holds: both.worst() <= 5000})
 		return nil
 	}
 }

@@ -70,7 +70,8 @@ func (l *loop) markRecord(ev catalog.Event, before glance) {
 	switch ev.Key.Kind {
 	case catalog.KindVolume:
 		a, b := before.wants, after.wants
-		l.changed.node = l.changed.node || a.ID != b.ID || a.SizeBytes != b.SizeBytes || !slices.Equal(a.Replicas, b.Replicas) || !slices.Equal(a.Dropped, b.Dropped)
+		differs := a.ID != b.ID || a.SizeBytes != b.SizeBytes || !slices.Equal(a.Replicas, b.Replicas) || !slices.Equal(a.Dropped, b.Dropped)
+		l.changed.node = l.changed.node || differs && (l.liesHere(a) || l.liesHere(b) || a.ID != b.ID && l.openHere(a.ID, b.ID))
 	case catalog.KindMembership:
 		l.changed.volume(l.view.VolumeName(ev.Key.Name))
 	case catalog.KindImage:
@@ -86,6 +87,17 @@ func (l *loop) markRecord(ev catalog.Event, before glance) {
 	case catalog.KindSetting, catalog.KindCluster:
 		l.changed.all = true
 	}
+}
+
+// liesHere tells whether this node has, or is to have, something of a volume.
+func (l *loop) liesHere(w catalog.VolumeWanted) bool {
+	here := func(p catalog.Placement) bool { return p.Node == l.a.cfg.Node }
+	return slices.ContainsFunc(w.Replicas, here) || slices.ContainsFunc(w.Dropped, here)
+}
+
+// openHere tells whether the data process has a volume of one of these ids: whether a record names it is shown.
+func (l *loop) openHere(ids ...string) bool {
+	return slices.ContainsFunc(l.found.Volumes, func(v plan.FoundVolume) bool { return slices.Contains(ids, v.VolumeID) })
 }
 
 // markSilent notes when a node was given up.

@@ -51,10 +51,10 @@ func (s *slow) count() (puts, events int) {
 	return s.puts, s.events
 }
 
-// TestManyWithoutPlace: of 2,000 volumes that no node can take each is told once, and a volume that can be placed, made while that goes on, does not wait for more than a few of them. When the
+// TestManyWithoutPlace: of 1,000 volumes that no node can take each is told once, and a volume that can be placed, made while that goes on, does not wait for more than a few of them. When the
 // figures in what is told change they are told anew, a few in a second.
 func TestManyWithoutPlace(t *testing.T) {
-	const many = 2000
+	const many = 1000
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t)
 		put(c, catalog.SettingKey(catalog.SettingOverProvisioning), catalog.Setting{Value: "100"})

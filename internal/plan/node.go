@@ -351,7 +351,7 @@ func (p *planner) observeNode() {
 		}
 		o.Conditions[catalog.ConditionNetwork] = c
 	}
-	pl := newPlacer(p.in.View)
+	pl := &placer{v: p.in.View, minFree: p.minFree} // for a copy of no size: nothing else is looked at
 	placed := p.placed()
 	w := Write{Key: catalog.NodeKey(catalog.Observed, p.in.Node), Was: node.Observed.Rev}
 	for _, name := range sorted(node.Wanted.Value.Disks) {
