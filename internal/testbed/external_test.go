@@ -292,6 +292,11 @@ func TestExternalEtcd(t *testing.T) {
 		t.Error(err)
 	}
 	t.Logf("%d acknowledged, none lost; %d connections broken, the longest wait %v", j.total.Load(), j.broke, j.longest.Round(time.Millisecond))
+	backup := e.file("backup.json")
+	at.cli("cluster", "backup", backup)
+	if text, err := os.ReadFile(backup); err != nil || !bytes.Contains(text, []byte("volume/wanted/v1")) {
+		t.Errorf("the backup has no v1: %v", err)
+	}
 	at.cli("volume", "detach", "v1")
 	third.cli("volume", "attach", "v1", "--frontend", "nbd")
 	if err := j.verify(third.dial("v1")); err != nil {
