@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ashlar/internal/agent"
 	"ashlar/internal/api"
 	"ashlar/internal/catalog"
@@ -125,10 +127,13 @@ func listenHost(host string) string {
 	return found[0].Unmap().String()
 }
 
-// The waits between tries to open the catalogue, and of the whole node when its own member cannot run.
+// The waits between tries to open the catalogue, and of the whole node when its own member cannot run: one whose disk was full is tried again as soon as there is room for another file of its
+// log (64 MiB), which is looked for every roomLook.
 const (
 	openRetry   = 2 * time.Second
 	memberRetry = 5 * time.Minute
+	roomLook    = 2 * time.Second
+	roomWanted  = 64 << 20
 )
 
 // openLate opens the catalogue of a cluster, as long as that takes, and hands it to l. A member of this node's that cannot run is no reason to stop: the others are asked. A node that
@@ -198,7 +203,7 @@ func (n *Node) openUntil(ctx context.Context, l *late, opened chan<- struct{}) e
 		l.waits(fmt.Errorf("waiting for %s (%s): %w", whom, where, err))
 		n.cfg.Log.Warn("the catalogue cannot be opened yet; trying again", "error", err)
 		if others := n.others(); options.Member != nil && len(others.Endpoints()) > 0 && !errors.Is(err, catalog.ErrUnreachable) {
-			n.member.Store(&memberNote{text: "failed: " + err.Error(), failed: true})
+			n.member.Store(&memberNote{text: "failed: " + err.Error(), failed: true, why: err})
 			n.cfg.Log.Error("this node's member of the catalogue cannot run; going on through the others", "error", err)
 			if errors.Is(err, etcd.ErrRemoved) || errors.Is(err, etcd.ErrEmptied) {
 				// The keeper makes a new place for it, if the node is to have one.
@@ -242,36 +247,48 @@ func (n *Node) options() etcd.Options {
 type memberNote struct {
 	text   string
 	failed bool // it is to be tried again
+	why    error
 }
 
 // watchMember notes how this node's member is. When it stops by itself the store goes on through the others; after a while the node is built anew, to try again.
 func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
-	note := n.member.Load()
-	failed := note != nil && note.failed
-	if !failed {
-		if ended := s.MemberFailed(); ended != nil {
-			select {
-			case <-ctx.Done():
-				return context.Cause(ctx)
-			case <-ended:
-			}
-			state, err := s.MemberState()
-			n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", err)
-			// For people, and for every agent to look again. That it cannot be recorded is in the log already.
-			_ = catalog.Note(ctx, s, catalog.EventRecord{
-				Time: n.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
-			})
-			failed = true
+	var why error
+	if note := n.member.Load(); note != nil && note.failed {
+		why = note.why
+	} else {
+		ended := s.MemberFailed() // nil, and so never, of a node that has none
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-ended:
 		}
+		var state etcd.State
+		state, why = s.MemberState()
+		n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", why)
+		// For people, and for every agent to look again. That it cannot be recorded is in the log already.
+		_ = catalog.Note(ctx, s, catalog.EventRecord{
+			Time: n.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
+		})
 	}
-	if !failed {
-		<-ctx.Done()
-		return context.Cause(ctx)
-	}
-	if !wait(ctx, memberRetry) {
+	if !n.awaitRoom(ctx, why) {
 		return context.Cause(ctx)
 	}
 	return fmt.Errorf("to try again with this node's member of the catalogue: %w", ErrRestart)
+}
+
+// awaitRoom waits until it is worth trying again with a member that failed; false if ctx ended first.
+func (n *Node) awaitRoom(ctx context.Context, why error) bool {
+	if !errors.Is(why, unix.ENOSPC) {
+		return wait(ctx, memberRetry)
+	}
+	for wait(ctx, roomLook) {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(n.catalogueDir(), &fs); err == nil && fs.Bavail*uint64(fs.Bsize) >= roomWanted {
+			n.cfg.Log.Info("there is room again for this node's member of the catalogue")
+			return true
+		}
+	}
+	return false
 }
 
 // memberState is what the agent says of this node's member.

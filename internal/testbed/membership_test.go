@@ -3,11 +3,22 @@
 package testbed_test
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 )
 
 // TestRunbookLastOfTwo makes a cluster of two voters one of one, in order: the second is emptied and removed while it runs, gives up its member of the catalogue, and ends, all its
@@ -47,5 +58,116 @@ func TestRunbookLastOfTwo(t *testing.T) {
 	one.cli("volume", "detach", "v")
 	if out := one.doctor(); strings.Contains(out, "node2") {
 		t.Errorf("doctor still speaks of the other:\n%s", out)
+	}
+}
+
+// room mounts a small disk of its own where a node has its member of the catalogue, whose serve is stopped.
+func (b *bed) room(mib int) {
+	b.Helper()
+	img := filepath.Join(b.dir, "small")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	if err := os.Truncate(img, int64(mib)<<20); err != nil {
+		b.Fatal(err)
+	}
+	b.tool("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", img)
+	b.tool("mv", b.etcd(), b.etcd()+".was")
+	b.tool("mkdir", "-m", "700", b.etcd())
+	b.tool("mount", "-o", "loop", img, b.etcd())
+	b.Cleanup(func() {
+		if out, err := exec.Command("umount", "-l", b.etcd()).CombinedOutput(); err != nil {
+			b.Errorf("umount: %v: %s", err, out)
+		}
+	})
+	b.tool("cp", "-a", b.etcd()+".was/.", b.etcd())
+	b.tool("rm", "-rf", b.etcd()+".was")
+}
+
+// fill writes a file until there is no room left beside it.
+func (b *bed) fill(file string) {
+	b.Helper()
+	f, err := os.Create(file)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	for _, n := range []int{1 << 20, 4 << 10, 512} {
+		for err = nil; err == nil; {
+			_, err = f.Write(make([]byte, n))
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			b.Fatal(err)
+		}
+	}
+}
+
+// stuff makes the catalogue grow by what is no record, through one node's member, until stop says so.
+func (b *bed) stuff(at string, stop func() bool) {
+	b.Helper()
+	dir := filepath.Join(b.p.DataDir, "cluster")
+	info := transport.TLSInfo{CertFile: b.pem(), KeyFile: b.pem(), TrustedCAFile: filepath.Join(dir, "ca.crt")}
+	settings, err := info.ClientConfig()
+	if err != nil {
+		b.Fatal(err)
+	}
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{at}, TLS: settings, Logger: zap.NewNop()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(b.ctx, 40*time.Second)
+	defer cancel()
+	for i := 0; !stop(); i++ {
+		try, end := context.WithTimeout(ctx, 5*time.Second)
+		_, err := c.Put(try, fmt.Sprintf("/stuff/%05d", i), strings.Repeat("x", 256<<10))
+		end()
+		if ctx.Err() != nil {
+			b.Fatalf("the disk does not become full: %v", err)
+		}
+	}
+}
+
+// TestRunbookFullDisk fills the disk that has one node's member of the catalogue: the member fails and says why, the node goes on through the others, its guests' I/O does not notice, and when there
+// is room again the member votes again by itself.
+func TestRunbookFullDisk(t *testing.T) {
+	w := newCrowd(t, 3, loopback)
+	one, two := w.nodes[0], w.nodes[1]
+	one.untilVote("node1", "node2", "node3")
+	two.stopServe()
+	two.room(320)
+	two.startServe()
+	one.untilVote("node1", "node2", "node3")
+	one.cli("node", "tag", "node2", "n2")
+	w.volumeOn("v", "n2", two)
+	guests, stop := two.steadyGuests([]string{"v"})
+	ballast := filepath.Join(two.etcd(), "ballast")
+	two.fill(ballast)
+	host, port, err := net.SplitHostPort(w.c.Host(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	one.stuff("https://"+net.JoinHostPort(host, strconv.Itoa(first+2)), func() bool { return strings.HasPrefix(one.members()["node2"].Member, "failed") })
+	t.Logf("failed after %v: %s", time.Since(began).Round(time.Millisecond), one.members()["node2"].Member)
+	one.says(one.doctor(), "the member of the catalogue on node node2 failed", "no space left")
+	two.says(two.cli("status"), "2 of 3 members of the catalogue vote")
+	two.cli("setting", "set", "replica-auto-balance", "disabled")
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	began = time.Now()
+	one.untilVote("node1", "node2", "node3")
+	t.Logf("votes again %v after there was room", time.Since(began).Round(time.Millisecond))
+	stop()
+	for _, g := range guests {
+		t.Logf("%d operations, the longest %v", g.ops.Load(), time.Duration(g.worst.Load()).Round(time.Millisecond))
+		if g.err != nil || g.ops.Load() == 0 {
+			t.Errorf("a guest meanwhile: %v", g.err)
+		}
 	}
 }

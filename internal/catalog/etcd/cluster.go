@@ -184,15 +184,44 @@ func (s *Store) openClustered(ctx context.Context, o Options) error {
 	return nil
 }
 
+const (
+	// joinTries and joinWait are for a member that joins while another does: etcd asks any member who is one, and that one may not know yet what was agreed.
+	joinTries = 20
+	joinWait  = 250 * time.Millisecond
+)
+
 // startClustered starts the member; it may not be ready yet.
 func (m *member) startClustered(ctx context.Context, o Options, d dialer) error {
+	for tries := 1; ; tries++ {
+		joins := !started(o.Dir) && len(o.Member.others()) > 0
+		err := m.startOnce(ctx, o, d)
+		select {
+		case <-m.failed: // it gave up by itself
+			return err
+		default:
+		}
+		if err == nil || !joins || started(o.Dir) || tries == joinTries || errors.Is(err, ErrRemoved) || errors.Is(err, ErrEmptied) || errors.Is(err, ErrInUse) {
+			return err
+		}
+		o.Log.Warn("the catalogue's member on this node cannot join yet; trying again", "error", err)
+		again := time.NewTimer(joinWait)
+		select {
+		case <-ctx.Done():
+			again.Stop()
+			return err
+		case <-again.C:
+		}
+	}
+}
+
+func (m *member) startOnce(ctx context.Context, o Options, d dialer) error {
 	cfg, err := clusteredConfig(o)
 	if err != nil {
 		return err
 	}
-	if others := o.Member.others(); !started(o.Dir) && len(others) > 0 {
+	if !started(o.Dir) && len(o.Member.others()) > 0 {
 		cfg.ClusterState = embed.ClusterStateFlagExisting
-		if cfg.InitialCluster, err = joining(ctx, o.Member, others, d); err != nil {
+		if cfg.InitialCluster, err = joining(ctx, o.Member, o.Member.others(), d); err != nil {
 			return err
 		}
 	}
