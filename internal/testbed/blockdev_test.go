@@ -294,6 +294,18 @@ func TestBlockdevInUse(t *testing.T) {
 		t.Errorf("%s after detach: %v", dev, err)
 	}
 	b.clean("v")
+	// Everything that was written before, between and after the refusals is there, not only in the page cache.
+	if loop, err = filepath.EvalSymlinks(b.attachDev("v")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(loop + "p1"); err != nil {
+		b.tool("partx", "-a", loop)
+	}
+	b.mountDev(loop+"p1", "mnt")
+	b.holds(at+"/file", 4*mib, 5)
+	b.holds(at+"/more", 4*mib, 6)
+	b.tool("umount", at)
+	b.cli("volume", "detach", "v")
 }
 
 // TestBlockdevClients: QEMU's tools on the block device, and a very large thin one.
@@ -323,6 +335,8 @@ func TestBlockdevClients(t *testing.T) {
 	at := b.mountDev(dev, "mnt")
 	b.random(at+"/file", 8*mib, 7)
 	b.tool("fstrim", at)
+	b.tool("umount", at) // and with it the page cache
+	b.mountDev(dev, "mnt")
 	b.holds(at+"/file", 8*mib, 7)
 	b.tool("umount", at)
 	b.on(dev, xfs.check)

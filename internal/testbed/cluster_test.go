@@ -3,6 +3,7 @@
 package testbed_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -160,6 +161,18 @@ func (w *crowd) stored(volume string, on, at int) {
 	w.nodes[at].cli("volume", "attach", volume, "--node", w.nodes[at].p.Name, "--frontend", "nbd")
 }
 
+// readAll is what a volume's first n bytes are for its guest.
+func (b *bed) readAll(c *client, n int) []byte {
+	b.Helper()
+	p := make([]byte, n)
+	for off := 0; off < n; off += mib {
+		if err := c.read(int64(off), p[off:min(n, off+mib)]); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return p
+}
+
 // TestClusterFailover cuts a node off while it writes to a volume whose copy is elsewhere. Another node takes the volume over; everything acknowledged is there, and the old writer, whose processes all
 // live, never writes again, also not when the network is back.
 func TestClusterFailover(t *testing.T) {
@@ -198,6 +211,7 @@ func TestClusterFailover(t *testing.T) {
 	}
 
 	// The network comes back, and with it whatever the old writer had under way: it must be told that it is over, and nothing of it may land.
+	before := next.readAll(d, blocks*blockBytes)
 	w.sw.Heal()
 	select {
 	case err := <-stuck:
@@ -206,6 +220,9 @@ func TestClusterFailover(t *testing.T) {
 		t.Error("the old writer was not told within 30 s that it is over")
 	}
 	c.close()
+	if !bytes.Equal(next.readAll(d, blocks*blockBytes), before) {
+		t.Error("something of the old writer landed after another had opened the volume")
+	}
 	copy(after.acked, j.acked)
 	copy(after.tried, j.tried)
 	if err := after.verify(d); err != nil {

@@ -98,6 +98,9 @@ func TestKillServe(t *testing.T) {
 		}
 		cmd.Wait() // it may have got its answer, or not
 		b.restartServe("v", "w")
+		if n > 0 { // it was on record
+			b.until(20*time.Second, name+" is taken", func() bool { return b.snapshots("w")[name].UserCreated })
+		}
 		b.cli("volume", "expand", "w", "--size", fmt.Sprintf("%dMi", 66+2*n))
 	}
 	ops, worst := f.wait()

@@ -166,6 +166,7 @@ func (w *crowd) runLostNode() {
 	one.untilDown("node3")
 	one.says(one.cli("status"), "3 (1 down, 2 up); 2 of 3 members of the catalogue vote", "node node3: down", "volume there:", "volume waits:")
 	one.says(one.doctor(), "node node3 is down", "2 of 3 members of the catalogue vote: if one more fails")
+	one.says(one.cli("events"), "nothing is heard") // which nobody says who only changes what he is, here and in TestRunbookAddress
 	one.qemuIO("elsewhere", "read -P 5 0 4M", "write -P 7 0 4M", "flush")
 	one.until(10*time.Second, "it says why a volume waits", func() bool {
 		v := one.volume("waits")
@@ -228,6 +229,9 @@ func (w *crowd) runLostDisk() {
 	})
 	one.until(20*time.Second, "and why", func() bool { return strings.Contains(one.cli("status"), "is it mounted?") })
 	one.says(one.doctor(), "volume d")
+	if left, err := os.ReadDir(at); err != nil || len(left) != 0 {
+		w.Errorf("the empty mount point has %v, %v", left, err)
+	}
 	mount()
 	one.until(20*time.Second, "the disk is ready again", func() bool { return !strings.Contains(one.cli("disk", "list"), "not ready") })
 	one.qemuIO("d", "read -P 3 0 8M", "write -P 4 0 8M")
