@@ -32,9 +32,9 @@ func TestBlockDeviceOfAnOlderKernel(t *testing.T) {
 	// Five kills under a file system that is written to: a pause each, and no error.
 	m.do("mkfs.ext4 -q /dev/ashlar/b1 && mount /dev/ashlar/b1 /mnt")
 	m.do(writer)
+	m.do(wroteMore)
 	for range 5 {
-		m.do(wroteMore)
-		m.do("systemctl kill -s KILL 'ashlar-data@*'")
+		m.killed("ashlar-data@0.9.1.service", wroteMore)
 	}
 	m.do("dpkg -i /root/ashlar_0.9.2_amd64.deb > /root/dpkg.log && ashlar upgrade") // and one in order
 	m.do(wroteMore)

@@ -210,6 +210,14 @@ func (m *machine) do(line string) string {
 	return out
 }
 
+// killed kills a unit's main process, runs a line that must succeed, and wants another process to be in its place.
+func (m *machine) killed(unit, then string) {
+	m.t.Helper()
+	pid := "systemctl show -p MainPID --value " + unit
+	m.do("old=$(" + pid + "); test \"$old\" -gt 0 && systemctl kill -s KILL " + unit + " && " + then +
+		" && for i in $(seq 300); do new=$(" + pid + "); test \"$new\" -gt 0 && test \"$new\" != \"$old\" && break; sleep 0.1; done; test \"$new\" -gt 0 && test \"$new\" != \"$old\"")
+}
+
 // refused runs one line that must fail and say want.
 func (m *machine) refused(line, want string) {
 	m.t.Helper()
@@ -288,8 +296,8 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	// Kill what must come back by itself. The kernel's client does not connect again (nbd-client 3.24 with netlink, whatever -persist says), so that
 	// it lets go before the data process dies; it connects while nobody serves, to the socket that the holder keeps.
 	m.do("umount /mnt && nbd-client -d /dev/nbd0")
-	m.do("systemctl kill -s KILL ashlar-data@0.9.1.service && " + connect)
-	m.do("systemctl kill -s KILL ashlar-hold.service && for i in $(seq 100); do systemctl is-active -q ashlar-hold && break; sleep 0.1; done && ashlar status --until-attached")
+	m.killed("ashlar-data@0.9.1.service", connect)
+	m.killed("ashlar-hold.service", "ashlar status --until-attached")
 	m.do("dd if=/dev/urandom of=/mnt/g bs=64k count=16 oflag=direct conv=fsync status=none && echo 3 > /proc/sys/vm/drop_caches && sha256sum -c /root/sum")
 
 	// Reboot: exports are there before whoever starts guests.
