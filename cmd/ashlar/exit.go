@@ -27,6 +27,7 @@ const (
 	exitRefused     = 6
 	exitProblems    = 7
 	exitNotBuilt    = 8
+	exitRemoved     = 9 // of serve; packaging/ashlar.service names it, and does not start it again
 	exitInterrupted = 130
 )
 
@@ -69,6 +70,8 @@ func exitCode(ctx context.Context, err error) int {
 		return int(own)
 	case errors.As(err, &usage):
 		return exitUsage
+	case errors.Is(err, node.ErrRemoved):
+		return exitRemoved
 	case errors.Is(err, node.ErrInUse), errors.Is(err, hold.ErrRunning), errors.Is(err, dataclient.ErrInUse):
 		return exitConflict
 	case errors.Is(err, dataplane.ErrRefused), errors.Is(err, dataplane.ErrNoHandOver):

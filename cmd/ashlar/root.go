@@ -71,7 +71,7 @@ volumes that guests use over NBD, with snapshots that cost next to nothing.
 Several machines: ashlar cluster init on the first, ashlar node join on the others; then any node answers for all.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 in conflict or in use, 5 no answer,
-6 refused input, 7 problems found by a check, 8 not built yet, 130 interrupted.`,
+6 refused input, 7 problems found by a check, 8 not built yet, 9 this node was removed (serve), 130 interrupted.`,
 		Version:           version,
 		SilenceErrors:     true,
 		SilenceUsage:      true,

@@ -31,6 +31,9 @@ import (
 // ErrRestart is what Wait returns when the node is to be built anew: close it, and Start it again with the same Config. It is no failure, and guests do not notice.
 var ErrRestart = cluster.ErrRestart
 
+// ErrRemoved is what Wait returns when the node was removed from its cluster. It does not help to start it again.
+var ErrRemoved = cluster.ErrRemoved
+
 func (n *Node) dir() cluster.Dir { return cluster.Dir(dirOf(n.cfg.DataDir)) }
 
 // dirOf is the cluster directory below a data directory.

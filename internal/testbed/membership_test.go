@@ -39,8 +39,9 @@ func TestRunbookLastOfTwo(t *testing.T) {
 	began := time.Now()
 	one.cli("node", "remove", "node2")
 	w.Logf("removed after %v", time.Since(began).Round(time.Millisecond))
-	if err := two.p.WaitServe(); err == nil {
-		w.Error("serve of a removed node ends as if it had been told to")
+	const exitRemoved = 9 // docs/cli.md
+	if ended, ok := errors.AsType[*exec.ExitError](two.p.WaitServe()); !ok || ended.ExitCode() != exitRemoved {
+		w.Errorf("serve of a removed node ends with %v, want exit code %d", ended, exitRemoved)
 	}
 	log, err := os.ReadFile(filepath.Join(two.dir, "serve.log"))
 	if err != nil {
