@@ -98,7 +98,7 @@ those on other nodes whose copies are here wait until then.`,
 				if err != nil {
 					return err
 				}
-				if was.Address == address || was.Address == address+":9510" {
+				if was.Address == node.FullAddress(address) {
 					was.Address = "" // it has it already
 				}
 				info, err := a.waitMember(cmd.Context(), c, was.Address)
