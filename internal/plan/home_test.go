@@ -267,7 +267,7 @@ func TestReplicaElsewhere(t *testing.T) {
 	}
 	has := func(s *scene, id string) *scene {
 		d := &s.in.Found.Disks[0]
-		d.Replicas = append(d.Replicas, plan.FoundReplica{ReplicaID: id, VolumeID: "id-v", Volume: "v", DataPath: "/x", SizeBytes: gib})
+		d.Replicas = append(d.Replicas, plan.FoundReplica{ReplicaID: id, VolumeID: "id-v", Volume: "v", DataPath: "/x", SizeBytes: gib, AllocatedBytes: 4096})
 		return s
 	}
 	job := func(s *scene, state string) *scene {
@@ -345,6 +345,13 @@ func TestReplicaElsewhere(t *testing.T) {
 			for _, r := range o.Replicas {
 				if r.Node == "n1" {
 					says = map[bool]string{true: "made", false: "not made"}[r.Created]
+					for _, d := range s.in.Found.Disks {
+						for _, f := range d.Replicas {
+							if f.ReplicaID == r.ReplicaID && (r.DataPath != f.DataPath || r.AllocatedBytes != f.AllocatedBytes) {
+								t.Errorf("says that it is at %q with %d bytes, found at %q with %d", r.DataPath, r.AllocatedBytes, f.DataPath, f.AllocatedBytes)
+							}
+						}
+					}
 				}
 			}
 			if says != c.says {
