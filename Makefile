@@ -14,7 +14,7 @@ deb: build            ## dist/ashlar_VERSION_ARCH.deb
 demo: deps build      ## the main job, end to end, on real input
 	go run ./demo -ashlar bin/ashlar
 
-test: deps build      ## every test; ends with a line that counts them
+test: deps bin/etcd build      ## every test; ends with a line that counts them
 	go run ./testrun -ashlar bin/ashlar
 
 bench: deps build     ## side by side with the peers; writes bench/results.jsonl
@@ -29,7 +29,7 @@ lint:                 ## gofmt, vet, staticcheck, govulncheck, the house
 quick:                ## no root, no network, under two minutes
 	go test ./...
 
-deps: bin/etcd        ## Debian packages that demo, test and bench use; asks the network only for what is missing
+deps:                 ## Debian packages that demo, test and bench use; asks the network only for what is missing
 	@missing=; for p in $(PACKAGES); do \
 	  dpkg-query -W -f '$${db:Status-Abbrev}' $$p 2>/dev/null | grep -q '^ii' || missing="$$missing $$p"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"ashlar/internal/api/client"
-	"ashlar/internal/catalog/etcd"
 	"ashlar/internal/dataplane"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/node"
@@ -34,10 +33,7 @@ type Inside struct {
 type InsideConfig struct {
 	Dir   string // short: sockets lie in it; node N has Dir/N
 	Nodes int
-	// Etcd and EtcdFiles are an etcd that exists; empty: the nodes' own.
-	Etcd      []string
-	EtcdFiles etcd.Files
-	Log       *slog.Logger // nil: dropped
+	Log   *slog.Logger // nil: dropped
 }
 
 // StartInside starts nodes, makes the first one a cluster, and has the others join it. After an error nothing runs.
@@ -82,7 +78,7 @@ func (c *Inside) Add(ctx context.Context) (*Inner, error) {
 	n := &Inner{Name: "node" + number, Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(ports)), DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run")}
 	n.log = c.cfg.Log.With("on", n.Name)
 	n.cfg = node.Config{
-		DataDir: n.DataDir, RunDir: n.RunDir, Name: n.Name, Version: insideVersion, Etcd: c.cfg.Etcd, EtcdFiles: c.cfg.EtcdFiles, Binary: n.nothing(), StartHolder: n.startBelow,
+		DataDir: n.DataDir, RunDir: n.RunDir, Name: n.Name, Version: insideVersion, Binary: n.nothing(), StartHolder: n.startBelow,
 		Log: n.log, Now: n.Now,
 	}
 	if n.Client, err = client.New("unix://" + client.Socket(n.RunDir)); err != nil {
