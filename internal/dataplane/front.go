@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"strings"
 
-	"ashlar/internal/block"
+	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/dataplane/hold"
 	"ashlar/internal/export"
@@ -110,19 +110,13 @@ func socketAccess(group string) (export.Access, error) {
 	return export.Access{GroupID: int(gid)}, nil
 }
 
-// servedDevice is what frontends serve: a Device that says whether the next request may be held back.
-type servedDevice interface {
-	block.Device
-	MayWait() bool
-}
-
 // enable exports a volume's device.
-func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev servedDevice) (err error) {
+func (p *Process) enable(ctx context.Context, a client.OpenVolume, dev *limit.Device) (err error) {
 	switch a.Frontend {
 	case frontendNBD:
-		_, err = p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait})
+		_, err = p.nbd.Add(ctx, a.Volume, dev, export.Options{MayWait: dev.MayWait, Far: isFar(a)})
 	case frontendBlockdev:
-		_, err = p.blockdev.Add(ctx, a.Volume, dev, blockdev.Options{})
+		_, err = p.blockdev.Add(ctx, a.Volume, dev, blockdev.Options{Far: isFar(a)})
 	}
 	return err
 }

@@ -7,7 +7,6 @@ import (
 	"os"
 	"time"
 
-	"ashlar/internal/block/limit"
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/layer"
 	"ashlar/internal/replica"
@@ -152,12 +151,6 @@ func (m *member) blame(err error) error {
 func isAway(err error) bool {
 	return errors.Is(err, volume.ErrUnreachable) || errors.Is(err, remote.ErrAway) || errors.Is(err, remote.ErrBusy)
 }
-
-// farDevice is what the frontends serve of a volume whose replica is another node's: any request may wait for as long as that node is away, and must hold up no other.
-type farDevice struct{ *limit.Device }
-
-// MayWait says so; see limit.Device.
-func (farDevice) MayWait() bool { return true }
 
 // watchFar follows a replica on another node until its volume ends: State tells whether it answers, what it said last of itself, and that another writer came, also while no guest asks for anything.
 func (p *Process) watchFar(s *slot, vol *volume.Volume, m *member) {

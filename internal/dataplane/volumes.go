@@ -287,11 +287,7 @@ func (p *Process) bringUp(ctx context.Context, s *slot, e openEntry) error {
 	// A client's first request may come, and fail, before enable returns: the slot is complete by then.
 	dev := limit.NewDevice(&witness{Device: vol.Device(), failed: func(err error) { p.noteFailure(s, err) }}, limitsOf(e.Open.Limits))
 	s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev, s.entry, s.seen = stateOpen, vol, rep, dev, e, st })
-	served := servedDevice(dev)
-	if rep.far != nil {
-		served = farDevice{dev}
-	}
-	if err := p.enable(ctx, e.Open, served); err != nil {
+	if err := p.enable(ctx, e.Open, dev); err != nil {
 		s.change(func(s *slot) { s.state, s.vol, s.rep, s.dev = stateOpening, nil, nil, nil })
 		return undo(fmt.Errorf("%w: %w", errFront, err))
 	}

@@ -95,6 +95,7 @@ type Options struct {
 	ReadOnly    bool        // refuse writes, trims and zeroes
 	Description string      // for clients that list exports
 	MayWait     func() bool // see nbd.Export; nil: never
+	Far         bool        // the same
 }
 
 // Path is where volume's socket is, whether it is exported or not.
@@ -115,7 +116,7 @@ func (n *NBD) Add(ctx context.Context, volume string, dev block.Device, opts Opt
 	if err := checkPath(n.Path(volume)); err != nil {
 		return "", err
 	}
-	export := nbd.Export{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly, MayWait: opts.MayWait}
+	export := nbd.Export{Name: volume, Description: opts.Description, Device: dev, ReadOnly: opts.ReadOnly, MayWait: opts.MayWait, Far: opts.Far}
 	server, err := nbd.NewServer(nbd.Config{
 		Exports:  nbd.Single(export),
 		MaxConns: n.cfg.MaxConns,

@@ -42,12 +42,16 @@ type Client struct {
 	agreed
 	name     string // for errors
 	raw, nc  net.Conn
-	br       *bufio.Reader
+	br       *bufio.Reader         // of who has the seat
+	head     [structuredBytes]byte // the same
+	prompt   *promptConn           // what is read from, at the bottom; nil if it is no socket
+	cork     *promptConn           // the same of what is written to, when it is TLS that writes there
 	readOnly bool
 
 	slots chan uint8    // numbers of calls that are free
 	heard atomic.Uint64 // replies, or pieces of them, that began to arrive
 	dead  chan struct{} // closed once err is set
+	turn  chan struct{} // capacity 1: the seat is the receiver's again
 	wg    sync.WaitGroup
 	out   outgoing
 
@@ -59,6 +63,9 @@ type Client struct {
 	mu     sync.Mutex              // guards the rest
 	calls  [maxCalls + 1]*exchange // the last is Ping's
 	serial uint64                  // makes every request's cookie another
+	flying int                     // how many calls there are
+	alone  int                     // calls in a row that found no other
+	seat   seat                    // who reads
 	err    error                   // why nothing more can be called
 	closed bool
 }
@@ -91,7 +98,8 @@ func (cl *exchange) leave() {
 func newClient(n *negotiator, raw net.Conn, a agreed, readOnly bool) *Client {
 	c := &Client{
 		agreed: a, name: n.export, raw: raw, nc: n.nc, br: n.br, readOnly: readOnly || a.flags&flagReadOnly != 0,
-		slots: make(chan uint8, maxCalls), dead: make(chan struct{}), pinging: make(chan struct{}, 1),
+		slots: make(chan uint8, maxCalls), dead: make(chan struct{}), turn: make(chan struct{}, 1), pinging: make(chan struct{}, 1),
+		prompt: promptOf(n.in), cork: promptOf(n.nc),
 	}
 	for i := range uint8(maxCalls) {
 		c.slots <- i
@@ -207,8 +215,12 @@ func (c *Client) exchange(cl *exchange, slot uint8) error {
 	c.serial++
 	cl.cookie = c.serial<<8 | uint64(slot)
 	c.calls[slot] = cl
+	reads := c.begin()
 	c.mu.Unlock()
 	c.out.send(c, cl)
+	if reads {
+		c.readUntil(cl)
+	}
 	<-cl.done
 	return cl.err
 }

@@ -55,6 +55,7 @@ type conn struct {
 	readOnly bool
 	fastZero bool
 	mayWait  func() bool       // nil: never
+	far      bool              // any request may wait
 	errno    func(error) Errno // nil: the protocol's
 	link     link
 	pool     *buffers
@@ -95,7 +96,7 @@ type transmission struct {
 
 func newConn(t transmission) *conn {
 	c := &conn{
-		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, fastZero: t.export.FastZero, mayWait: t.export.MayWait, errno: t.export.Errno,
+		state: t.state, dev: t.export.Device, readOnly: t.export.ReadOnly, fastZero: t.export.FastZero, mayWait: t.export.MayWait, far: t.export.Far, errno: t.export.Errno,
 		link: t.link, pool: t.pool, stats: t.stats, stop: t.stop,
 	}
 	for _, id := range t.state.Contexts {

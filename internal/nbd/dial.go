@@ -89,7 +89,8 @@ func Dial(ctx context.Context, uri string, o ClientOptions) (*Client, error) {
 func NewClient(ctx context.Context, nc net.Conn, export string, o ClientOptions) (*Client, error) {
 	// A context that ends makes every read and write of the negotiation fail.
 	stop := context.AfterFunc(ctx, func() { _ = nc.SetDeadline(time.Unix(1, 0)) })
-	n := &negotiator{nc: nc, br: bufio.NewReaderSize(nc, receiveBytes), export: export, states: o.States}
+	in := Prompt(nc)
+	n := &negotiator{nc: nc, in: in, br: bufio.NewReaderSize(in, receiveBytes), export: export, states: o.States}
 	a, err := n.run(ctx, o.TLS)
 	if !stop() {
 		err = fmt.Errorf("nbd: negotiate: %w", context.Cause(ctx))
@@ -106,6 +107,7 @@ func NewClient(ctx context.Context, nc net.Conn, export string, o ClientOptions)
 // negotiator is the client's side of one negotiation.
 type negotiator struct {
 	nc     net.Conn // the TLS connection once there is one
+	in     net.Conn // what nc is made of; reading from it may be told to be quick
 	br     *bufio.Reader
 	export string
 	states bool // ask for ashlar:layer first
@@ -171,7 +173,7 @@ func (n *negotiator) startTLS(ctx context.Context, cfg *tls.Config) error {
 	case n.br.Buffered() > 0:
 		return fmt.Errorf("nbd: plain bytes after STARTTLS: %w", ErrProtocol)
 	}
-	tc := tls.Client(n.nc, cfg)
+	tc := tls.Client(n.in, cfg)
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return fmt.Errorf("nbd: %w handshake: %w", ErrTLS, err)
 	}

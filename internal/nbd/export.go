@@ -23,6 +23,9 @@ type Export struct {
 	// MayWait, if not nil, tells whether the Device may hold the next request back for other reasons than its medium (a rate, say): then a worker takes the request,
 	// and those behind it on the connection go on. It is asked before each request, concurrently, and must be quick.
 	MayWait func() bool
+	// Far says that every call goes to another machine, and waits for as long as that is away: a worker takes each request, as if MayWait always said yes, unless the
+	// client sends one at a time; there is nobody to be held up then, and whoever comes all the same would wait for the same machine.
+	Far bool
 	// FastZero says that Zero of any range costs much less than writing it. Only then are zeroes that a client wants fast or not at all
 	// carried out; else they are refused with ENOTSUP, as the protocol asks.
 	FastZero bool

@@ -47,6 +47,7 @@ func newLink(nc net.Conn, idle time.Duration) (link, error) {
 	_, isUnix := nc.(*net.UnixConn)
 	_, isTCP := nc.(*net.TCPConn)
 	if !isUnix && !isTCP {
+		promptOf(nc).hurry(true) // as a socket
 		return &netLink{nc: nc}, nil
 	}
 	fd, err := dupConn(nc.(syscall.Conn))
@@ -295,12 +296,18 @@ func (l *netLink) read(p []byte) (int, error) {
 }
 
 func (l *netLink) write(bufs [][]byte) error {
+	n, out := 0, l.stream()
 	for _, b := range bufs {
-		if _, err := l.stream().Write(b); err != nil {
-			return err
-		}
+		n += len(b)
 	}
-	return nil
+	return promptOf(out).together(n, func() error {
+		for _, b := range bufs {
+			if _, err := out.Write(b); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (l *netLink) park() error { return nil }

@@ -37,7 +37,7 @@ func (o *outgoing) send(c *Client, cl *exchange) {
 		batch := o.queue
 		o.queue = o.spare[:0]
 		o.mu.Unlock()
-		if err := o.write(c.nc, batch); err != nil {
+		if err := o.write(c, batch); err != nil {
 			c.broke(err)
 		}
 		for i, cl := range batch {
@@ -61,9 +61,10 @@ func (o *outgoing) last(c *Client, p []byte) {
 }
 
 // write sends batch with as few system calls as there are reasons for. Small payloads are copied beside their headers.
-func (o *outgoing) write(nc net.Conn, batch []*exchange) error {
-	buf, bufs, mark := o.gather[:0], o.iov[:0], 0
+func (o *outgoing) write(c *Client, batch []*exchange) error {
+	buf, bufs, mark, n := o.gather[:0], o.iov[:0], 0, 0
 	for _, cl := range batch {
+		n += requestBytes + len(cl.payload)
 		buf = appendRequest(buf, cl.request)
 		if len(cl.payload) <= copyBytes {
 			buf = append(buf, cl.payload...)
@@ -78,12 +79,11 @@ func (o *outgoing) write(nc net.Conn, batch []*exchange) error {
 	if cap(buf) <= keepBytes {
 		o.gather = buf
 	}
-	if len(bufs) == 1 {
-		_, err := nc.Write(bufs[0])
-		return err
-	}
 	o.iov = bufs
-	_, err := bufs.WriteTo(nc)
+	err := c.cork.together(n, func() error {
+		_, err := bufs.WriteTo(c.nc)
+		return err
+	})
 	clear(o.iov) // keep nobody's payload alive
 	return err
 }

@@ -17,7 +17,7 @@ const (
 	maxSpans = 1024
 )
 
-// receive is the goroutine that takes replies apart until the connection ends, and then lets every call go.
+// receive is the goroutine that takes replies apart, where callers do not do it themselves, until the connection ends, and then lets every call go.
 func (c *Client) receive() {
 	err := c.replies()
 	c.broke(err)
@@ -33,45 +33,56 @@ func (c *Client) receive() {
 	}
 }
 
-// replies reads replies; its error is never nil.
+// replies reads replies while the seat is the receiver's; its error is never nil.
 func (c *Client) replies() error {
-	var head [structuredBytes]byte
 	for {
-		if _, err := io.ReadFull(c.br, head[:simpleBytes]); err != nil {
-			return err
-		}
-		c.heard.Add(1)
-		cookie := be.Uint64(head[8:])
-		cl := c.awaited(cookie)
-		if cl == nil {
-			return fmt.Errorf("reply to a request %#x that was not sent: %w", cookie, ErrProtocol)
-		}
-		done := true
-		var err error
-		switch magic := be.Uint32(head[:]); {
-		case magic == magicSimple:
-			err = c.simple(cl, Errno(be.Uint32(head[4:])))
-		case magic == magicStructured && c.structured:
-			if _, err = io.ReadFull(c.br, head[simpleBytes:]); err == nil {
-				done = be.Uint16(head[4:])&replyFlagDone != 0
-				err = c.chunk(cl, be.Uint16(head[6:]), be.Uint32(head[16:]))
-			}
-			if err == nil && done {
-				err = cl.complete()
-			}
-		default:
-			err = fmt.Errorf("reply magic %#x: %w", magic, ErrProtocol)
-		}
+		done, err := c.reply()
 		if err != nil {
 			return err
 		}
-		if done {
-			c.mu.Lock()
-			c.calls[uint8(cookie)] = nil
-			c.mu.Unlock()
-			cl.leave()
+		if done == nil {
+			continue
+		}
+		vacant := c.end(done)
+		done.leave()
+		if vacant {
+			c.rest()
 		}
 	}
+}
+
+// reply reads one reply, or one chunk of one, and returns the call that is answered with it, nil while there is more to come.
+func (c *Client) reply() (*exchange, error) {
+	head := c.head[:]
+	if _, err := io.ReadFull(c.br, head[:simpleBytes]); err != nil {
+		return nil, err
+	}
+	c.heard.Add(1)
+	cookie := be.Uint64(head[8:])
+	cl := c.awaited(cookie)
+	if cl == nil {
+		return nil, fmt.Errorf("reply to a request %#x that was not sent: %w", cookie, ErrProtocol)
+	}
+	done := true
+	var err error
+	switch magic := be.Uint32(head); {
+	case magic == magicSimple:
+		err = c.simple(cl, Errno(be.Uint32(head[4:])))
+	case magic == magicStructured && c.structured:
+		if _, err = io.ReadFull(c.br, head[simpleBytes:]); err == nil {
+			done = be.Uint16(head[4:])&replyFlagDone != 0
+			err = c.chunk(cl, be.Uint16(head[6:]), be.Uint32(head[16:]))
+		}
+		if err == nil && done {
+			err = cl.complete()
+		}
+	default:
+		err = fmt.Errorf("reply magic %#x: %w", magic, ErrProtocol)
+	}
+	if err != nil || !done {
+		return nil, err
+	}
+	return cl, nil
 }
 
 // awaited returns the call that cookie belongs to.

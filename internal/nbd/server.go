@@ -346,7 +346,9 @@ func (ss *session) serve(s *Server, nc net.Conn) error {
 	var tc *tls.Conn
 	if s.cfg.TLS != nil {
 		h.secure = func() (io.ReadWriter, error) {
-			tc = tls.Server(nc, s.cfg.TLS)
+			in := Prompt(nc)
+			promptOf(in).hurry(true)
+			tc = tls.Server(in, s.cfg.TLS)
 			if err := tc.Handshake(); err != nil {
 				return nil, fmt.Errorf("nbd: %w handshake: %w", ErrTLS, err)
 			}

@@ -11,8 +11,8 @@ const (
 	maxWorkers = 32
 	// inlineZeroBytes is the largest zeroing that the reading goroutine does itself.
 	inlineZeroBytes = 64 << 10
-	// aloneRun is how many requests have to come one at a time before a flush is carried out by the reading goroutine, and aloneBackoff how
-	// many more after one that held up others.
+	// aloneRun is how many requests have to come one at a time before one that may wait is carried out by the reading goroutine, and
+	// aloneBackoff how many more after one that held up others.
 	aloneRun     = 64
 	aloneBackoff = 1024
 	// errorRoom holds any reply without data: a structured error with its text.
@@ -110,10 +110,12 @@ func (c *conn) pooled(req request) bool {
 		c.alone = min(c.alone, 0)
 	}
 	c.alone++
-	if c.mayWait != nil && c.mayWait() {
+	switch {
+	case c.far:
+		return !c.syncsInline(req)
+	case c.mayWait != nil && c.mayWait():
 		return true
-	}
-	if mayBlock(req) {
+	case mayBlock(req):
 		return !c.syncsInline(req)
 	}
 	return c.paces[kindOf(req.cmd)].pool(more)
@@ -143,18 +145,22 @@ func (c *conn) handleOwned(req request, b *buffer) {
 	c.release(b)
 }
 
-// syncsInline tells whether the reading goroutine carries out req, a flush or a write with FUA, itself: the client has been sending one request
-// at a time for a while, so that nothing is behind it, and a hand-over would only cost time.
+// syncsInline tells whether the reading goroutine carries out req, which may wait, itself: a flush, a write with FUA, what goes to another
+// machine. The client has been sending one request at a time for a while, so that nothing is behind it, and a hand-over would only cost time.
 func (c *conn) syncsInline(req request) bool {
 	_, canPeek := c.link.(peeker)
-	return canPeek && c.alone > aloneRun && (req.cmd == cmdFlush || req.cmd == cmdWrite)
+	return canPeek && c.alone > aloneRun && (req.cmd == cmdFlush || req.cmd == cmdWrite || req.cmd == cmdRead)
 }
 
-// sync carries out req in the reading goroutine. A client that sent more before it had the answer is not what it seemed: its flushes go to the
-// workers for a long while.
+// sync carries out req, which may wait, in the reading goroutine. A client that sent more before it had the answer is not what it seemed: what may
+// wait goes to the workers for a long while.
 func (c *conn) sync(req request, payload []byte) {
 	c.flush()
-	c.execute(req, payload, c.gather(errorRoom))
+	out := c.gather(c.replyRoom(req))
+	c.execute(req, payload, out)
+	if out != c.out {
+		c.send.deliver(out)
+	}
 	if p, ok := c.link.(peeker); ok && p.pending() {
 		c.alone = -aloneBackoff
 	}
@@ -162,7 +168,7 @@ func (c *conn) sync(req request, payload []byte) {
 
 // inline carries out req in the reading goroutine; the reply waits with others for flush, unless it is large.
 func (c *conn) inline(req request, payload []byte) {
-	if mayBlock(req) {
+	if c.far || mayBlock(req) {
 		c.sync(req, payload)
 		return
 	}

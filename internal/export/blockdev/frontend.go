@@ -135,6 +135,7 @@ func New(cfg Config) (*Frontend, error) {
 // Options are what Add may be told about a block device.
 type Options struct {
 	ReadOnly bool // refuse writes, discards and zeroing
+	Far      bool // see nbd.Export
 }
 
 // Path is where volume's block device is, whether it was added or not.

@@ -159,7 +159,7 @@ func (f *Frontend) addKernel(ctx context.Context, volume string, dev block.Devic
 }
 
 func (f *Frontend) newKernel(volume string, dev block.Device, o Options) (*kernelServed, error) {
-	export := nbd.Export{Name: volume, Device: dev, ReadOnly: o.ReadOnly}
+	export := nbd.Export{Name: volume, Device: dev, ReadOnly: o.ReadOnly, Far: o.Far}
 	if w, ok := dev.(interface{ MayWait() bool }); ok {
 		export.MayWait = w.MayWait
 	}

@@ -3,6 +3,7 @@ package remote
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -86,7 +87,7 @@ func (f *far) start() {
 	f.srv, f.ln = srv, ln
 	f.mu.Unlock()
 	f.wg.Go(func() {
-		if err := srv.Serve(context.Background(), ln); err != nil {
+		if err := srv.Serve(context.Background(), ln); err != nil && !errors.Is(err, block.ErrClosed) { // which it is when stop was quicker
 			f.t.Error(err)
 		}
 	})
