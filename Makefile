@@ -14,7 +14,7 @@ deb: build            ## dist/ashlar_VERSION_ARCH.deb
 demo: deps build      ## the main job, end to end, on real input
 	go run ./demo -ashlar bin/ashlar
 
-test: deps bin/etcd build      ## every test; ends with a line that counts them
+test: deps bin/etcd build  ## every test; ends with a line that counts them
 	go run ./testrun -ashlar bin/ashlar
 
 bench: deps build     ## side by side with the peers; writes bench/results.jsonl
