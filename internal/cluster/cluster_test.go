@@ -365,6 +365,7 @@ func TestJoinRefused(t *testing.T) {
 		"another node's host": {func(w *world, _ *JoinConfig) {
 			put(w, catalog.NodeKey(catalog.Wanted, "LOCALHOST"), catalog.NodeWanted{})
 		}, client.ErrInvalid, "another node's name"},
+		"a zone without end":     {func(_ *world, c *JoinConfig) { c.Zone = strings.Repeat("z", 101) }, client.ErrInvalid, "too long"},
 		"every interface":        {func(_ *world, c *JoinConfig) { c.Host = "0.0.0.0" }, ErrAddress, "no address that another machine could use"},
 		"not its address":        {func(_ *world, c *JoinConfig) { c.Host = "192.0.2.1" }, ErrAddress, "would listen on"},
 		"no room for four ports": {func(_ *world, c *JoinConfig) { c.Port = 65533 }, ErrAddress, "four ports"},
