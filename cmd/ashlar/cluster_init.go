@@ -71,7 +71,46 @@ that the machine knows whom it speaks to.`,
 		},
 	}
 	cmd.Flags().DurationVar(&life, "expires", time.Hour, "how long it is good for (15m, 24h)")
+	cmd.AddCommand(a.clusterTokenList(), a.clusterTokenDelete())
 	return cmd
+}
+
+func (a *app) clusterTokenList() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List join tokens, without what they are, and who used them", Example: "  ashlar cluster token list", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.withNode(func(c *client.Client) error {
+				list, err := c.JoinTokens(cmd.Context())
+				if err != nil {
+					return err
+				}
+				return a.print(list, func() {
+					rows := [][]string{{"NAME", "CREATED", "EXPIRES", "USED BY"}}
+					for _, t := range list {
+						rows = append(rows, []string{t.Name, a.ago(t.Created), t.Expires, dash(t.UsedBy)})
+					}
+					a.table(rows)
+				})
+			})
+		},
+	}
+}
+
+func (a *app) clusterTokenDelete() *cobra.Command {
+	return &cobra.Command{
+		Use: "delete NAME…", Aliases: []string{"rm"}, Short: "Make join tokens invalid; nodes that joined stay", Example: "  ashlar cluster token delete j-1a2b3c", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.withNode(func(c *client.Client) error {
+				for _, name := range args {
+					if err := c.DeleteJoinToken(cmd.Context(), name); err != nil {
+						return err
+					}
+					a.say("join token %s: deleted", name)
+				}
+				return a.print(deleted{args}, func() {})
+			})
+		},
+	}
 }
 
 func (a *app) clusterReaddress() *cobra.Command {

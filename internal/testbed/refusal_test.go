@@ -4,6 +4,7 @@ package testbed_test
 
 import (
 	"context"
+	"encoding/json"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -95,6 +96,20 @@ func TestClusterRefusals(t *testing.T) {
 	third.cli(join(good)...)
 	fourth := w.stranger(program, "node6")
 	fourth.refused(exitConflict, []string{"was used by node node7"}, join(good)...)
+	if tokens := one.cli("cluster", "token", "list"); !strings.Contains(tokens, "node7") {
+		t.Errorf("nobody says who joined:\n%s", tokens)
+	}
+	taken := token()
+	var names []struct{ Name, UsedBy string }
+	if err := json.Unmarshal([]byte(one.cli("cluster", "token", "list", "-o", "json")), &names); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range names {
+		if n.UsedBy == "" {
+			one.cli("cluster", "token", "delete", n.Name)
+		}
+	}
+	fourth.refused(exitNotFound, []string{"it was deleted"}, join(taken)...)
 	third.cli("shutdown")
 	if err := third.p.WaitServe(); err != nil {
 		t.Log(err)
