@@ -373,3 +373,18 @@ func TestDiskWarnings(t *testing.T) {
 		}
 	}
 }
+
+// TestDetachedWhileRead: a volume that was detached while it is read is open for that alone; whoever waits for its detachment does not wait for the reader, also if nobody saw it closed in between.
+func TestDetachedWhileRead(t *testing.T) {
+	s := newScene(t).replica()
+	s.want().epoch(1).open(plan.FoundOpen, "", "")
+	s.put(catalog.OperationKey("v", "o"), catalog.Operation{ID: "o", Volume: "v", VolumeID: "id-v", Verb: catalog.VerbExport, State: catalog.OperationRunning})
+	s.put(catalog.VolumeKey(catalog.Observed, "v"), observed("v", catalog.VolumeDetaching, true))
+	if o := volumeOf(plan.OnNode(s.in)); o.State != catalog.VolumeDetached {
+		t.Errorf("it is %s", o.State)
+	}
+	s.in.Found.Volumes[0].Frontend = catalog.FrontendNBD
+	if o := volumeOf(plan.OnNode(s.in)); o.State == catalog.VolumeDetached {
+		t.Error("it is detached with its frontend")
+	}
+}

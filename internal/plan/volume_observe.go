@@ -44,6 +44,8 @@ func volumeState(p *planner, h *here, was string) string {
 	switch {
 	case h.w.Deleted != nil:
 		return catalog.VolumeDeleting
+	case h.open && !h.ticketed() && !h.leaving():
+		return catalog.VolumeDetached // it stays open for something else; that it was closed in between need not have been seen
 	case h.open && !h.ticketed():
 		return leaving
 	case h.open && h.found.State == FoundOpen:
