@@ -551,6 +551,7 @@ func TestRunbookUpgrade(t *testing.T) {
 		b.stopServe()
 		b.startServe()
 		b.cli("upgrade")
+		b.dataState(secondVersion) // it is that version's that answers
 		one.untilVote("node1", "node2", "node3")
 	}
 	stop()
