@@ -331,6 +331,10 @@ func TestPlaceCopies(t *testing.T) {
 			w := catalog.VolumeWanted{Name: "other", Replicas: []catalog.Placement{{ReplicaID: "x", Node: "b", DiskID: "b-d"}, {ReplicaID: "y", Node: "a", DiskID: "a-d", CopyOf: "x"}}}
 			p.volume(w).put(catalog.VolumeKey(catalog.Observed, "other"), catalog.VolumeObserved{ID: "id-other", Replicas: []catalog.ReplicaObserved{{ReplicaID: "x", AllocatedBytes: 54 * gib}}})
 		}}, plan.Wish{Copies: 2, NeedBytes: gib}, "b", "node a, disk d: 55 GiB are to be copied there, of 60 GiB free"},
+		{"so does an image on its way, and not one that is there", []nodes{spread("a::60:1", "b::50:1"), func(p *picture) {
+			p.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{Name: "i", ID: "i", Disks: []string{"a-d", "b-d"}}).
+				put(catalog.ImageKey(catalog.Observed, "i"), catalog.ImageObserved{Name: "i", ID: "i", Disks: map[string]catalog.ImageOnDisk{"b-d": {State: catalog.ImageReady, AllocatedBytes: 54 * gib}}})
+		}}, plan.Wish{Copies: 2, NeedBytes: gib}, "b", "node a, disk d: 55 GiB are to be copied there, of 60 GiB free"},
 		{"disks of different sizes fill alike", []nodes{spread("b::90:1"), func(p *picture) {
 			p.node("a", onDisk(func(_ *catalog.DiskWanted, o *catalog.DiskObserved) { o.TotalBytes, o.FreeBytes = 1000*gib, 800*gib }))
 		}}, plan.Wish{Copies: 1, SizeBytes: 20 * gib}, "a", ""},
