@@ -462,7 +462,7 @@ func (p *process) effect(a client.Operate, v *client.VolumeStatus, r *fakeReplic
 		if at < 0 {
 			return fmt.Errorf("snapshot %s: %w", a.Snapshot, client.ErrNotFound)
 		}
-		r.layers[len(r.layers)-1] = client.Layer{ID: a.OpID, Head: true, Parent: r.layers[at].ID, SizeBytes: r.layers[at].SizeBytes, Created: time.Now()}
+		*head = client.Layer{ID: a.OpID, Head: true, Parent: r.layers[at].ID, SizeBytes: head.SizeBytes, Created: time.Now()} // the size stays
 	case catalog.VerbSnapshotRemove:
 		if at < 0 {
 			return fmt.Errorf("snapshot %s: %w", a.Snapshot, client.ErrNotFound)

@@ -112,9 +112,6 @@ func (a AdoptDisk) Key() string { return "disk/" + a.Path }
 // Verb implements Action.
 func (AdoptDisk) Verb() string { return "adopt-disk" }
 
-// DiskKey is the Key of the actions on a disk.
-func DiskKey(path string) string { return AdoptDisk{Path: path}.Key() }
-
 // planner makes one NodePlan.
 type planner struct {
 	in  NodeInput

@@ -44,6 +44,14 @@ func temporary(removed bool) plan.FoundLayer {
 	return plan.FoundLayer{ID: "tmp", Snapshot: "export-01234567", Removed: removed, Labels: map[string]string{catalog.LabelReading: exportID}}
 }
 
+// recorded has written down what a node says of its volume.
+func recorded(s *scene) *scene {
+	if o := volumeOf(plan.OnNode(s.in)); o.Name != "" {
+		s.put(catalog.VolumeKey(catalog.Observed, "v"), o)
+	}
+	return s
+}
+
 // TestReadingVolumes: exports, downloads, leftovers, limits and devices that are mounted: the next step and what is shown.
 func TestReadingVolumes(t *testing.T) {
 	const (
@@ -157,7 +165,9 @@ func TestReadingVolumes(t *testing.T) {
 			return observe(offline(s), o)
 		}, "open-volume()", detached, "", ""},
 		{"leftover of a detached volume, opened", func(s *scene) *scene { return offline(s).open(open, "", "").layers(temporary(false)) }, "drop-reading", detached, "", ""},
-		{"leftover of a detached volume, removed", func(s *scene) *scene { return offline(s).open(open, "", "").layers(temporary(true)) }, "close-volume", detached, "", ""},
+		{"leftover of a detached volume, removed", func(s *scene) *scene {
+			return recorded(offline(s).open(open, "", "").layers(temporary(true)))
+		}, "close-volume", detached, "", ""},
 		{"snapshot of a volume that is open for an export only", func(s *scene) *scene {
 			return offline(s).open(open, "", "").export(catalog.OperationRunning, "").exportJob(plan.JobRunning, "").op(catalog.VerbSnapshot, catalog.OperationPending)
 		}, "", detached, "", "failed not-attached, running 42"},
@@ -386,5 +396,25 @@ func TestDetachedWhileRead(t *testing.T) {
 	s.in.Found.Volumes[0].Frontend = catalog.FrontendNBD
 	if o := volumeOf(plan.OnNode(s.in)); o.State == catalog.VolumeDetached {
 		t.Error("it is detached with its frontend")
+	}
+}
+
+// TestShownBeforeClosed: a volume whose layers changed is closed once its record shows them, because nobody looks into a closed one; who has lost the volume does not wait for that.
+func TestShownBeforeClosed(t *testing.T) {
+	s := newScene(t).replica()
+	s.want().epoch(1).open(plan.FoundOpen, "", "").layers(temporary(false))
+	recorded(s)
+	s.layers(temporary(true)) // it was the last reader's
+	p := plan.OnNode(s.in)
+	if o := volumeOf(p); verbs(p.Actions) != "" || len(o.Snapshots) != 2 || !o.Snapshots[1].Removed && !o.Snapshots[0].Removed {
+		t.Errorf("does %q and records %+v, want the record alone", verbs(p.Actions), o.Snapshots)
+	}
+	if got := verbs(plan.OnNode(recorded(s).in).Actions); got != "close-volume" {
+		t.Errorf("when it is recorded: does %q", got)
+	}
+	s.layers()
+	s.epoch(2) // another has it
+	if got := verbs(plan.OnNode(s.in).Actions); got != "close-volume" {
+		t.Errorf("who lost it: does %q", got)
 	}
 }

@@ -283,6 +283,13 @@ func snapshots(layers []FoundLayer) []catalog.SnapshotObserved {
 	return out
 }
 
+// sameLayers tells whether both are the same snapshots of the same layers, whatever their sizes.
+func sameLayers(a, b []catalog.SnapshotObserved) bool {
+	return slices.EqualFunc(a, b, func(x, y catalog.SnapshotObserved) bool {
+		return x.LayerID == y.LayerID && x.Name == y.Name && x.Parent == y.Parent && x.Removed == y.Removed
+	})
+}
+
 // volumeConditions: that copies are missing is control's to say, that all are placed is said here.
 func (p *planner) volumeConditions(h *here, m map[string]catalog.Condition) {
 	if copies(h.w) >= h.w.Copies {

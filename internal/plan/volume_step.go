@@ -92,6 +92,8 @@ type here struct {
 	readings  []Reading               // that somebody wants, the export's included
 	drop      Reading                 // a temporary snapshot that nobody reads
 	dropping  bool                    // there is one
+
+	unshown bool // the observed record does not show the open volume's layers as they are: once it is closed nobody sees them
 }
 
 // volume plans one volume: what its home does if that is here, what is here of its replicas, and that it is not open here if its home is elsewhere.
@@ -119,6 +121,7 @@ func (p *planner) volume(name string) {
 	if home {
 		h = p.lookAt(vol, o)
 		p.observeVolume(h, &o)
+		h.unshown = !sameLayers(was.Snapshots, o.Snapshots)
 		p.begin(p.volumeStep(h))
 		p.begin(h.limitsStep())
 	} else if found != nil {
@@ -359,6 +362,8 @@ func (p *planner) haveStep(h *here) Action {
 		switch {
 		case h.todo && h.may() && p.refusedOperation(h) == "":
 			return h.operate()
+		case h.leaving() && h.unshown && !h.closeAction().Force:
+			return nil // they are recorded first
 		case h.leaving():
 			return h.closeAction()
 		case h.dropping:
