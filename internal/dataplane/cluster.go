@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"ashlar/internal/dataplane/client"
+	"ashlar/internal/nbd"
 	"ashlar/internal/replica/remote"
 )
 
@@ -362,7 +363,7 @@ func (c *cluster) connect(ctx context.Context, peer client.Peer, address string)
 	if config == nil {
 		return conn, nil
 	}
-	secure := tls.Client(conn, config)
+	secure := tls.Client(nbd.Prompt(conn), config)
 	if err := secure.HandshakeContext(ctx); err != nil {
 		return nil, fmt.Errorf("node %s at %s: %w", peer.Node, address, errors.Join(err, conn.Close()))
 	}
@@ -423,7 +424,7 @@ func (l peerListener) Accept() (net.Conn, error) {
 		pc := &peerConn{c: l.c}
 		config := base.Clone()
 		config.VerifyConnection = pc.admit
-		pc.Conn = tls.Server(conn, config)
+		pc.Conn = tls.Server(nbd.Prompt(conn), config)
 		return pc, nil
 	}
 }
@@ -444,6 +445,9 @@ func (pc *peerConn) admit(state tls.ConnectionState) error {
 	c.conns[pc] = struct{}{}
 	return nil
 }
+
+// NetConn returns what it is made of, as that of crypto/tls does: whoever serves it sets up the socket.
+func (pc *peerConn) NetConn() net.Conn { return pc.Conn }
 
 // Close implements net.Conn.
 func (pc *peerConn) Close() error {

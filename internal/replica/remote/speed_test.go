@@ -103,6 +103,17 @@ func certificates(t testing.TB, dir string) (server, client *tls.Config) {
 		&tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: pool, ServerName: "localhost", MinVersion: tls.VersionTLS13}
 }
 
+// prompts is a listener as that of the data process is.
+type prompts struct{ net.Listener }
+
+func (l prompts) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return nbd.Prompt(nc), nil
+}
+
 // realClient is a replica on a disk in memory behind TCP on loopback, with TLS if dir has certificates.
 func realClient(t testing.TB, dir string, server, client *tls.Config) *Replica {
 	t.Helper()
@@ -121,7 +132,7 @@ func realClient(t testing.TB, dir string, server, client *tls.Config) *Replica {
 	}
 	address := ln.Addr().String()
 	if server != nil {
-		ln = Listener(ln, server)
+		ln = tls.NewListener(prompts{ln}, server)
 	}
 	srv := NewServer(ServerConfig{Host: realHost{fsys, name}})
 	var wg sync.WaitGroup
@@ -131,7 +142,7 @@ func realClient(t testing.TB, dir string, server, client *tls.Config) *Replica {
 		if err != nil || client == nil {
 			return nc, err
 		}
-		return Client(ctx, nc, client)
+		return tls.Client(nbd.Prompt(nc), client), nil
 	}
 	r, err := Open(t.Context(), Config{ReplicaID: testReplica, Dial: dial})
 	if err != nil {
