@@ -244,9 +244,9 @@ func (p *planner) imageStep(c copyHere, o catalog.ImageObserved) Action {
 	return ImportImage{rev, c.w.Name, c.w.ID, c.diskID, source, c.w.ExpectedChecksum, p.starting(c), nil}
 }
 
-// reads tells whether a copy is to be made, or is being made, from a volume that has to be open for it.
+// reads tells whether a copy is to be made, or is being made, from a volume that has to be open for it. What is being begun reads until that has ended, wanted or not.
 func (p *planner) reads(c copyHere) bool {
-	if c.reading == nil || c.w.Deleted != nil || !c.wanted || !c.diskOK {
+	if c.reading == nil || !c.busy && (c.w.Deleted != nil || !c.wanted || !c.diskOK) {
 		return false
 	}
 	switch c.state.State {

@@ -418,3 +418,21 @@ func TestShownBeforeClosed(t *testing.T) {
 		t.Errorf("who lost it: does %q", got)
 	}
 }
+
+// TestReadingBegun: while an import is being begun its volume stays open although the image is wanted no more: the temporary snapshot may be taken this moment, and nobody would see it in a closed volume.
+func TestReadingBegun(t *testing.T) {
+	s := newScene(t).replica()
+	s.want().epoch(1).open(plan.FoundOpen, "", "")
+	s.put(catalog.ImageKey(catalog.Wanted, "i"), catalog.ImageWanted{
+		Name: "i", ID: "id-i", SourceType: catalog.SourceVolume, Parameters: map[string]string{"volume-name": "v"}, Disks: []string{"n1-d"}, Deleted: new(now),
+	})
+	s.put(catalog.ImageKey(catalog.Observed, "i"), catalog.ImageObserved{Name: "i", ID: "id-i", Disks: map[string]catalog.ImageOnDisk{"n1-d": {State: catalog.ImageStarting}}})
+	s.in.Busy[plan.ImageKey("id-i", "n1-d")] = true
+	if got := verbs(plan.OnNode(s.in).Actions); got != "" {
+		t.Errorf("while it is being begun: does %q", got)
+	}
+	clear(s.in.Busy)
+	if got := verbs(plan.OnNode(s.in).Actions); got != "close-volume" {
+		t.Errorf("when it is not: does %q", got)
+	}
+}
