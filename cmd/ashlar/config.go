@@ -276,7 +276,10 @@ func contradictions(cmd *cobra.Command) []string {
 
 // flag defines an option as a flag of a command.
 func (o option) define(cmd *cobra.Command, into *string) {
-	about := strings.ToLower(o.about[:1]) + strings.TrimSuffix(o.about[1:], ".")
+	about := strings.TrimSuffix(o.about, ".")
+	if !strings.HasPrefix(about, "TCP") {
+		about = strings.ToLower(about[:1]) + about[1:]
+	}
 	cmd.Flags().StringVar(into, o.flag, o.value, about+" ("+o.env+")")
 }
 

@@ -20,7 +20,10 @@ func (a *app) configCommand() *cobra.Command {
 			if len(args) == 1 {
 				path = args[0]
 			}
-			if _, err := configFile(path); err != nil {
+			if _, err := configFile(path); errors.Is(err, fs.ErrNotExist) && path == defaultConfig {
+				a.say("there is no %s: defaults hold", path)
+				return nil
+			} else if err != nil {
 				return notThere(err)
 			}
 			// Everything together, as serve would see it.

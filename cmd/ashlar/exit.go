@@ -76,6 +76,8 @@ func exitCode(ctx context.Context, err error) int {
 		return exitConflict
 	case errors.Is(err, dataplane.ErrRefused), errors.Is(err, dataplane.ErrNoHandOver):
 		return exitConflict
+	case errors.Is(err, fs.ErrExist) && api.CodeOf(err) == api.CodeInternal: // a file here, that is never written over
+		return exitConflict
 	case errors.Is(err, node.ErrConfig), errors.Is(err, errConfig):
 		return exitRefused
 	case errors.Is(err, errProblems):

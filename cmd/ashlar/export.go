@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -87,6 +88,9 @@ func (a *app) exportFile(ctx context.Context, c *client.Client, volume, file str
 	var err error
 	if n.Path, err = filepath.Abs(file); err != nil {
 		return fmt.Errorf("export: %w", err)
+	}
+	if _, err := os.Lstat(n.Path); err == nil { // said before a snapshot is taken for nothing; the node looks again when it makes the file
+		return fmt.Errorf("volume %s: export to %s: %w", volume, n.Path, fs.ErrExist)
 	}
 	start := a.now()
 	op, err := c.ExportFile(ctx, volume, n)

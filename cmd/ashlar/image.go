@@ -308,7 +308,7 @@ func (a *app) showImage(img api.BackingImage, nodes []api.Node) {
 		sum = "sha512:" + sum
 	}
 	a.fields("Name", img.Name, "State", imageState(img).String(), "Source", img.Parameters["url"]+img.Parameters["path"], "Format", img.Format,
-		"Size", api.FormatSize(img.VirtualSize), "Received", api.FormatSize(img.Size), "Checksum", sum, "Digest", img.Digest, "Created", a.ago(img.Created),
+		"Size", api.FormatSize(img.VirtualSize), "Received", api.FormatSize(img.Size), "Space", spaceText(img.Space), "Checksum", sum, "Digest", img.Digest, "Created", a.ago(img.Created),
 		"Copies", fmt.Sprintf("%d wanted", img.MinNumberOfCopies), "Node selector", strings.Join(img.NodeSelector, ", "), "Disk selector", strings.Join(img.DiskSelector, ", "), "Problem", img.Error, "Id", img.UUID)
 	a.say("")
 	rows := [][]string{{"DISK", "STATE", ">PROGRESS", ">ON DISK", "MESSAGE"}}

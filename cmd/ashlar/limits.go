@@ -57,16 +57,19 @@ func limitsText(l api.Limits) string {
 		return strconv.FormatInt(n, 10) + " " + unit + "/s"
 	}
 	text := rate(l.IOPS, "requests")
-	if l.BytesPerSecond == "" || l.BytesPerSecond == "0" {
+	if emptyRate(l.BytesPerSecond) {
 		text += ", no limit on bytes"
 	} else {
 		text += ", " + sizeOf(l.BytesPerSecond) + "/s"
 	}
-	if l.BurstIOPS > 0 || l.BurstBytesPerSecond != "" && l.BurstBytesPerSecond != "0" {
+	if l.BurstIOPS > 0 || !emptyRate(l.BurstBytesPerSecond) {
 		text += fmt.Sprintf("; bursts of %d s: %s", max(1, l.BurstSeconds), rate(l.BurstIOPS, "requests"))
-		if l.BurstBytesPerSecond != "" && l.BurstBytesPerSecond != "0" {
+		if !emptyRate(l.BurstBytesPerSecond) {
 			text += ", " + sizeOf(l.BurstBytesPerSecond) + "/s"
 		}
 	}
 	return text
 }
+
+// emptyRate tells a byte rate that is no limit.
+func emptyRate(rate string) bool { return rate == "" || rate == "0" }

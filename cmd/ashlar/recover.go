@@ -41,7 +41,7 @@ nothing more. What only the catalogue knew (labels, settings) is gone.`,
 				for _, part := range []struct {
 					what  string
 					names []string
-				}{{"volume", rep.Volumes}, {"image", rep.Images}, {"brought up to date", rep.Advanced}, {"conflict", rep.Conflicts}} {
+				}{{"volume", rep.Volumes}, {"image", rep.Images}, {"brought up to date", rep.Advanced}, {"copy made to open again", rep.Rebuilt}, {"conflict", rep.Conflicts}} {
 					for _, n := range part.names {
 						rows = append(rows, []string{part.what, n})
 					}

@@ -164,7 +164,7 @@ func (a *app) snapshotShow() *cobra.Command {
 						labels = append(labels, k+"="+s.Labels[k])
 					}
 					a.fields("Volume", s.Volume, "Name", s.Name, "State", snapshotState(s), "Parent", s.Parent, "Children", strings.Join(slices.Sorted(maps.Keys(s.Children)), ", "),
-						"Used", api.FormatSize(s.Size), "Taken by", by(s), "Created", a.ago(s.CreationTime), "Labels", strings.Join(labels, ", "), "Checksum", s.Checksum)
+						"Used", size(s.Size), "Space", spaceText(s.Space), "Taken by", by(s), "Created", a.ago(s.CreationTime), "Labels", strings.Join(labels, ", "), "Checksum", s.Checksum)
 				})
 			})
 		},

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	dataclient "ashlar/internal/dataplane/client"
+	"ashlar/internal/image"
 )
 
 // maxLogTail is how much of each log goes into a bundle.
@@ -170,6 +171,11 @@ func (a *app) wholeStatus(ctx context.Context) (any, error) {
 	s, err := readStatus(ctx, c)
 	if err == nil {
 		s.Events, err = c.Events(ctx) // all of them
+	}
+	for _, i := range s.Images { // a signed URL keeps its secret in its query
+		if source, ok := i.Parameters["url"]; ok {
+			i.Parameters["url"] = image.DisplaySource(source)
+		}
 	}
 	return s, err
 }

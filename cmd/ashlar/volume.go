@@ -165,7 +165,7 @@ func (a *app) showVolume(v api.Volume) {
 	if v.DisableFrontend {
 		frontend += " (disabled for this attachment)"
 	}
-	a.fields("Name", v.Name, "State", v.State, "Health", v.Robustness, "Size", sizeOf(v.Size), "Used", size(used(v)), "Image", v.BackingImage, "Copies", copies(v),
+	a.fields("Name", v.Name, "State", v.State, "Health", v.Robustness, "Size", sizeOf(v.Size), "Used", size(used(v)), "Space", spaceText(v.Space), "Limits", limitsOf(v), "Image", v.BackingImage, "Copies", copies(v),
 		"Node", ctl.HostID, "Frontend", frontend, "Endpoint", ctl.Endpoint, "Node selector", strings.Join(v.NodeSelector, ", "), "Disk selector", strings.Join(v.DiskSelector, ", "),
 		"Locality", locality(v), "Created", a.ago(v.Created), "Problem", v.Error)
 	a.say("")
@@ -183,6 +183,23 @@ func (a *app) showVolume(v api.Volume) {
 			a.say("\n%s is %s: %s", name, c.Status, c.Message)
 		}
 	}
+}
+
+// spaceText says in one line what something takes on disk, as docs/rest.md has the words: exact, where the layers were counted.
+func spaceText(s api.Space) string {
+	text := sizeOf(s.Exclusive) + " exclusive, " + sizeOf(s.Shared) + " shared"
+	if s.Reclaimable != "" && s.Reclaimable != "0" {
+		text += ", " + sizeOf(s.Reclaimable) + " reclaimable"
+	}
+	return text
+}
+
+// limitsOf is a volume's limits, if it has any.
+func limitsOf(v api.Volume) string {
+	if l := v.Limits; l.IOPS == 0 && l.BurstIOPS == 0 && emptyRate(l.BytesPerSecond) && emptyRate(l.BurstBytesPerSecond) {
+		return ""
+	}
+	return limitsText(v.Limits)
 }
 
 // locality is a volume's, if it has one.
@@ -263,7 +280,7 @@ func (a *app) volumeExpand() *cobra.Command {
 	var bytes string
 	cmd := &cobra.Command{
 		Use: "expand NAME --size SIZE", Short: "Make a volume larger, also under a running guest",
-		Long:    "Expand a volume, attached or not. It cannot shrink. A running guest sees the new size when its NBD client connects again.",
+		Long:    "Expand a volume, attached or not. It cannot shrink. A running guest sees the new size when its NBD client connects again;\na block device has it at once (then resize2fs, xfs_growfs).",
 		Example: "  ashlar volume expand db1 --size 40Gi", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if bytes == "" {
