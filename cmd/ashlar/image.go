@@ -30,7 +30,8 @@ func (a *app) imageImport() *cobra.Command {
 		Use:   "import NAME [URL|FILE|-]",
 		Short: "Import an image: from a URL, a file, standard input, or a volume",
 		Long: `Import an image: raw or qcow2, told by its content, as it is or in gzip, xz or zstd. With a checksum, what arrives is verified while it streams, and refused if it
-differs. A URL is http, https, nbd, nbds or nbd+unix; proxies are taken from the environment of the node. A transfer that breaks off goes on where it was,
+differs. A URL is http, https, nbd, nbds (with ?tls-certificates=DIR, if the server wants a certificate or has an
+authority of its own) or nbd+unix; proxies are taken from the environment of the node. A transfer that breaks off goes on where it was,
 if the server can. With --volume the image is made of a volume, or of one of its snapshots.
 
 The import goes on when this command is interrupted or its node's serve is restarted; "ashlar image show NAME" tells how far it is. Not so from standard

@@ -264,6 +264,16 @@ func downloadSource(c *call, in *imageInput) (map[string]string, error) {
 		if u.Hostname() == "" {
 			return nil, bad("url %s names no host", quote(raw))
 		}
+		// A directory on the node, with a key that the node is to use.
+		if q := u.RawQuery; strings.HasPrefix(u.Scheme, "nbd") && q != "" {
+			values, err := url.ParseQuery(q)
+			if err != nil || u.Scheme != "nbds" || len(values) != 1 || len(values["tls-certificates"]) != 1 {
+				return nil, bad("url %s: the only parameter is tls-certificates=DIR, of nbds", quote(raw))
+			}
+			if err := checkPath(c, "image "+in.Name, values.Get("tls-certificates"), "use `ashlar image import` on the node"); err != nil {
+				return nil, err
+			}
+		}
 	case "nbd+unix":
 		if err := checkPath(c, "image "+in.Name, u.Query().Get("socket"), "use `ashlar image import` on the node"); err != nil {
 			return nil, err

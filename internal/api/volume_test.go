@@ -103,6 +103,8 @@ func TestRefusals(t *testing.T) {
 		{CodeForbidden, "POST", "/v1/backingimages", `{"name":"a","sourceType":"file","parameters":{"path":"/etc/shadow"}}`, []string{"unix socket"}},
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd:///x"}}`, []string{"no host"}},
 		{CodeForbidden, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd+unix:///x?socket=/run/x"}}`, []string{"unix socket"}},
+		{CodeForbidden, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbds://h/x?tls-certificates=/etc/ashlar/tls"}}`, []string{"unix socket"}},
+		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbds://h/x?a=b&tls-certificates=/etc/ashlar/tls"}}`, []string{"tls-certificates=DIR"}},
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"download","parameters":{"url":"nbd+unix:///x"}}`, []string{"the path is missing"}},
 		{CodeNotBuilt, "POST", "/v1/backingimages", `{"name":"a","sourceType":"clone"}`, []string{"clone"}},
 		{CodeInvalid, "POST", "/v1/backingimages", `{"name":"a","sourceType":"export-from-volume"}`, []string{"volume-name is missing"}},

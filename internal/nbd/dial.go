@@ -4,11 +4,15 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"net"
+	"os"
+	"path/filepath"
 	"time"
 
 	"ashlar/internal/block"
@@ -27,8 +31,8 @@ type ClientOptions struct {
 	// States asks for ashlar:layer, so that Extents tells Absent from Zero; without it, or from a server that does not have it, base:allocation.
 	States bool
 	// TLS encrypts the connection before anything is asked for, and is what verifies the server's certificate and presents ours.
-	// ServerName, if empty, is the URI's host, or "localhost" for a unix socket. An nbds URI without it uses the system's
-	// authorities.
+	// ServerName, if empty, is the URI's host, or "localhost" for a unix socket. An nbds URI without it uses what
+	// its tls-certificates says (ClientCertificates), else the system's authorities.
 	TLS *tls.Config
 	// DialContext makes the connection; nil means a net.Dialer.
 	DialContext func(ctx context.Context, network, address string) (net.Conn, error)
@@ -60,6 +64,14 @@ func Dial(ctx context.Context, uri string, o ClientOptions) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	if t.Certificates != "" {
+		if o.TLS != nil {
+			return nil, fmt.Errorf("nbd: %w: the URI names certificates, and others are given", ErrTLS)
+		}
+		if o.TLS, err = ClientCertificates(t.Certificates); err != nil {
+			return nil, err
+		}
+	}
 	if t.TLS || o.TLS != nil {
 		cfg := &tls.Config{MinVersion: tls.VersionTLS12}
 		if o.TLS != nil {
@@ -82,6 +94,35 @@ func Dial(ctx context.Context, uri string, o ClientOptions) (*Client, error) {
 		return nil, fmt.Errorf("nbd: connect to %s: %w", t.Address, err)
 	}
 	return NewClient(ctx, nc, t.Export, o)
+}
+
+// ClientCertificates reads the files of a directory, PEM, under the names that NBD's other clients expect (nbd_set_tls_certificates(3)
+// and the URI's tls-certificates of https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md): ca-cert.pem has the authorities that a server's certificate must be signed by; client-cert.pem and
+// client-key.pem, which may be missing together, are what is shown to the server. Every error is an ErrTLS.
+func ClientCertificates(dir string) (*tls.Config, error) {
+	fail := func(err error) (*tls.Config, error) { return nil, fmt.Errorf("nbd: %w: %s: %w", ErrTLS, dir, err) }
+	authorities, err := os.ReadFile(filepath.Join(dir, "ca-cert.pem"))
+	if err != nil {
+		return fail(err)
+	}
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: x509.NewCertPool()}
+	if !cfg.RootCAs.AppendCertsFromPEM(authorities) {
+		return fail(errors.New("ca-cert.pem has no certificate"))
+	}
+	cert, key := filepath.Join(dir, "client-cert.pem"), filepath.Join(dir, "client-key.pem")
+	pair, err := tls.LoadX509KeyPair(cert, key)
+	if errors.Is(err, fs.ErrNotExist) {
+		_, noCert := os.Lstat(cert)
+		_, noKey := os.Lstat(key)
+		if errors.Is(noCert, fs.ErrNotExist) && errors.Is(noKey, fs.ErrNotExist) {
+			return cfg, nil
+		}
+	}
+	if err != nil {
+		return fail(err)
+	}
+	cfg.Certificates = []tls.Certificate{pair}
+	return cfg, nil
 }
 
 // NewClient is Dial over a connection that exists. It takes nc over, and closes it when it fails. With ClientOptions.TLS its ServerName

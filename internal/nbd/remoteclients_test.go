@@ -163,6 +163,17 @@ func TestClientOfOthersOverTLS(t *testing.T) {
 	if err := errors.Join(c.Flush(), c.Close()); err != nil {
 		t.Error(err)
 	}
+	byURI, err := Dial(t.Context(), uri+"&tls-certificates="+a.export("client", a.good()), ClientOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 8)
+	if _, err := byURI.ReadAt(got, 5000); err != nil || string(got) != "over TLS" {
+		t.Errorf("certificates of the URI: %q, %v", got, err)
+	}
+	if err := byURI.Close(); err != nil {
+		t.Error(err)
+	}
 	for name, o := range map[string]ClientOptions{"no certificate": {TLS: a.client()}, "another authority": {TLS: newAuthority(t).client(a.good())}} {
 		if _, err := Dial(t.Context(), uri, o); !errors.Is(err, ErrTLS) {
 			t.Errorf("%s: %v", name, err)

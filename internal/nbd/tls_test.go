@@ -142,6 +142,62 @@ func TestClientOverTLS(t *testing.T) {
 	})
 }
 
+// TestClientCertificatesOfURI: a URI names the directory with what a client over TLS needs, with the names that other NBD clients give the files.
+func TestClientCertificatesOfURI(t *testing.T) {
+	a, stranger := newAuthority(t), newAuthority(t)
+	s, err := NewServer(Config{Exports: Single(Export{Device: block.NewMem(1 << 20)}), TLS: a.server(a.good())})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { within(t, "Close", func() { _ = s.Close() }) })
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.wg.Go(func() { _ = s.Serve(l) })
+	dial := func(dir string) error {
+		c, err := Dial(t.Context(), "nbds://"+l.Addr().String()+"/?tls-certificates="+dir, ClientOptions{ReadOnly: true})
+		if err != nil {
+			return err
+		}
+		_, err = c.ReadAt(make([]byte, 4096), 0)
+		return errors.Join(err, c.Close())
+	}
+	without := func(dir string, names ...string) string {
+		for _, name := range names {
+			if err := os.Remove(filepath.Join(dir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return dir
+	}
+	if err := dial(a.export("client", a.good())); err != nil {
+		t.Error(err)
+	}
+	mixed := a.export("client", a.good())
+	if err := os.Rename(filepath.Join(stranger.export("client", stranger.good()), "ca-cert.pem"), filepath.Join(mixed, "ca-cert.pem")); err != nil {
+		t.Fatal(err)
+	}
+	for name, dir := range map[string]string{
+		"no such directory":               filepath.Join(t.TempDir(), "none"),
+		"no authority":                    without(a.export("client", a.good()), "ca-cert.pem"),
+		"no certificate":                  without(a.export("client", a.good()), "client-cert.pem", "client-key.pem"),
+		"a certificate and no key":        without(a.export("client", a.good()), "client-key.pem"),
+		"an expired certificate":          a.export("client", a.issue(time.Now().Add(-time.Hour))),
+		"another authority":               stranger.export("client", stranger.good()),
+		"another authority of the server": mixed,
+		"another authority's certificate": a.export("client", stranger.good()),
+	} {
+		if err := dial(dir); !errors.Is(err, ErrTLS) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	_, err = Dial(t.Context(), "nbds://"+l.Addr().String()+"/?tls-certificates="+a.export("client", a.good()), ClientOptions{TLS: a.client(a.good())})
+	if !errors.Is(err, ErrTLS) {
+		t.Errorf("certificates from both sides: %v", err)
+	}
+}
+
 // TestTLSRefused: both sides say why, as values, and nothing is served.
 func TestTLSRefused(t *testing.T) {
 	a, stranger := newAuthority(t), newAuthority(t)

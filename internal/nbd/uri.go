@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"path/filepath"
 	"strings"
 )
 
@@ -20,11 +21,14 @@ type Target struct {
 	Address string // host:port, or the socket's path
 	Export  string // name; empty asks for the server's default export
 	TLS     bool   // the URI says nbds
+	// Certificates, if not empty, is the absolute path of a directory with the files of a client over TLS; see ClientCertificates.
+	Certificates string
 }
 
 // ParseURI takes an NBD URI apart, as https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md defines them:
-// nbd://HOST[:PORT]/EXPORT, nbds://…, nbd+unix:///EXPORT?socket=PATH, nbds+unix://…. Parameters other than socket are refused
-// and not ignored: a key or certificate that is named and not used would be a surprise. Every error is an ErrURI.
+// nbd://HOST[:PORT]/EXPORT, nbds://…, nbd+unix:///EXPORT?socket=PATH, nbds+unix://…, the latter and nbds also with
+// tls-certificates=DIR. Other parameters are refused and not ignored: a key that is named and not used would be a surprise. Every
+// error is an ErrURI.
 func ParseURI(uri string) (Target, error) {
 	u, err := url.Parse(uri)
 	if err != nil {
@@ -44,10 +48,12 @@ func ParseURI(uri string) (Target, error) {
 		return bad("the part after ? does not parse")
 	}
 	for name, values := range query {
-		if name != "socket" || transport != "unix" || len(values) != 1 {
+		socket, certificates := name == "socket" && transport == "unix", name == "tls-certificates" && t.TLS && filepath.IsAbs(values[0])
+		if len(values) != 1 || !socket && !certificates {
 			return bad(fmt.Sprintf("the parameter %q does not belong here", name))
 		}
 	}
+	t.Certificates = query.Get("tls-certificates")
 	switch {
 	case u.Opaque != "" || u.Fragment != "":
 		return bad("want SCHEME://…")

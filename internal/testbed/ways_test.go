@@ -11,9 +11,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"ashlar/internal/testbed"
 )
 
 // send uploads a file as an image's bytes and returns the status.
@@ -145,6 +148,48 @@ func TestWaysIn(t *testing.T) {
 	b.onlySnapshots("v", "s1")
 
 	b.clean("v", "w", "x")
+}
+
+// TestWaysInOverTLS takes a volume in from an NBD server that wants TLS and a certificate, which is this node itself; what is missing or wrong is said, and nothing comes of it.
+func TestWaysInOverTLS(t *testing.T) {
+	b := newBed(t)
+	if err := b.p.KillServe(); err != nil {
+		t.Fatal(err)
+	}
+	ca := newSigner(t, b.dir, "ca")
+	ca.issue("server")
+	ca.issue("client")
+	certs := b.path("tls")
+	if err := os.Mkdir(certs, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for from, to := range map[string]string{"ca.crt": "ca-cert.pem", "client.crt": "client-cert.pem", "client.key": "client-key.pem"} {
+		if err := os.Link(b.path(from), filepath.Join(certs, to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ports, err := testbed.FreePorts(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.p.Args = []string{"--nbd-listen", fmt.Sprintf("127.0.0.1:%d", ports), "--nbd-certificate", b.path("server.crt"), "--nbd-key", b.path("server.key"), "--nbd-client-ca", b.path("ca.crt")}
+	if err := b.p.StartServe(b.ctx); err != nil {
+		t.Fatal(err)
+	}
+	b.cli("volume", "create", "v", "--size", "32Mi")
+	b.attach("v")
+	b.qemuIO("v", "write -P 9 1M 1M", "flush")
+	uri := fmt.Sprintf("nbds://127.0.0.1:%d/v", ports)
+	b.cli("volume", "create", "w", "--from", uri+"?tls-certificates="+certs)
+	b.attach("w")
+	b.qemuIO("w", "read -P 9 1M 1M", "read -P 0 2M 1M")
+	for wrong, says := range map[string]string{
+		"": "TLS", "?tls-certificates=" + b.path("none"): "no such file", "?tls-certificates=" + certs + "/../..": "absolute", "?tls-psk-file=/x": "tls-certificates=DIR",
+	} {
+		b.refused(exitRefused, []string{says}, "image", "import", "x", uri+wrong)
+		_, _ = b.p.Text(b.ctx, "image", "delete", "x")
+	}
+	b.clean("v", "w")
 }
 
 // export has the node write a file, over its own socket because that names a path, and waits for the operation's end. Each of middle
