@@ -12,13 +12,15 @@ import (
 
 func (a *app) recoverCommand() *cobra.Command {
 	cfg := node.Config{Version: version}
+	var external func()
 	cmd := &cobra.Command{
 		Use: "recover DISK…", Short: "Rebuild a lost catalogue from the layers on disks",
 		Long: `Rebuild the catalogue of this node from the layers on its disks (directories), or bring one that was restored from an old copy up to what they prove.
 "ashlar serve" must be stopped; the data process may go on, with guests on it. Nothing newer is replaced by something older, and run again it changes
-nothing more. What only the catalogue knew (labels, settings) is gone.`,
+nothing more. What only the catalogue knew (labels, settings) is gone. A copy of a volume that has lost its own record gets it again from its layers.`,
 		Example: "  ashlar recover /var/lib/ashlar/disks/default", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			external()
 			var err error
 			if cfg.DataDir, err = filepath.Abs(cfg.DataDir); err != nil {
 				return fmt.Errorf("data directory: %w", err)
@@ -53,6 +55,7 @@ nothing more. What only the catalogue knew (labels, settings) is gone.`,
 			})
 		},
 	}
+	external = etcdFlags(cmd, &cfg)
 	flags := cmd.Flags()
 	flags.StringVar(&cfg.DataDir, "data-dir", a.env("ASHLAR_DATA_DIR", "/var/lib/ashlar"), "directory of the catalogue and the first disk (ASHLAR_DATA_DIR)")
 	flags.StringVar(&cfg.Name, "name", a.env("ASHLAR_NAME", ""), "the node's name (ASHLAR_NAME); default: as the disks' records have it, else the host's")

@@ -48,6 +48,7 @@ type fakeReplica struct {
 	fence  uint64         // the epoch that may write
 	record json.RawMessage
 	failed string
+	lost   bool // its own record
 }
 
 // process is one life of the data process. It is a client.Service with the idempotency the contract asks for.
@@ -240,10 +241,17 @@ func (p *process) state() client.State {
 		for _, id := range slices.Sorted(maps.Keys(d.replicas)) {
 			r := d.replicas[id]
 			_, open := p.volumes[r.VolumeID]
-			s.Replicas = append(s.Replicas, client.ReplicaFound{
+			f := client.ReplicaFound{
 				ReplicaID: id, VolumeID: r.VolumeID, Volume: r.Volume, DataPath: path + "/replicas/" + id, SizeBytes: r.layers[len(r.layers)-1].SizeBytes,
-				Open: open, Failed: r.failed, Record: r.record,
-			})
+				Open: open, Failed: r.failed, Record: r.record, RecordLost: r.lost,
+			}
+			if r.record == nil {
+				f.Base = r.ImageID
+				for _, l := range slices.Backward(r.layers) {
+					f.Chain = append(f.Chain, l.ID)
+				}
+			}
+			s.Replicas = append(s.Replicas, f)
 		}
 		for _, id := range slices.Sorted(maps.Keys(d.images)) {
 			s.Images = append(s.Images, d.images[id])
@@ -303,6 +311,20 @@ func (p *process) CreateReplica(ctx context.Context, a client.CreateReplica) err
 			p.h.wrong("replica %s was made again although its volume was written to (%v)", a.ReplicaID, err)
 		}
 		d.replicas[a.ReplicaID] = &fakeReplica{CreateReplica: a, layers: []client.Layer{{ID: a.HeadID, Head: true, SizeBytes: a.SizeBytes, Created: time.Now()}}}
+		return nil
+	})
+}
+
+func (p *process) RebuildReplica(ctx context.Context, a client.RebuildReplica) error {
+	return p.verb(ctx, "rebuild-replica", func() error {
+		r, _ := p.h.replica(a.ReplicaID)
+		var m catalog.Membership
+		if r == nil || r.failed != "" || len(a.Record) > 0 && json.Unmarshal(a.Record, &m) != nil {
+			return client.ErrCorrupt
+		}
+		if r.lost {
+			r.lost, r.fence = false, m.Epoch
+		}
 		return nil
 	})
 }

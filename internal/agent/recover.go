@@ -45,6 +45,7 @@ type Recovered struct {
 	Volumes   []string `json:"volumes"` // recovered, by name
 	Images    []string `json:"images"`
 	Advanced  []string `json:"advanced"`  // volumes whose membership record was older than their replicas
+	Rebuilt   []string `json:"rebuilt"`   // volumes whose copy had lost its own record, which was made again from its layers
 	Unchanged int      `json:"unchanged"` // what the catalogue knew already
 	Conflicts []string `json:"conflicts"` // what was left as it is, or renamed, and why
 }
@@ -81,8 +82,14 @@ func Recover(ctx context.Context, cfg RecoverConfig) (Recovered, error) {
 	if err != nil {
 		return Recovered{}, fmt.Errorf("recover: %w", err)
 	}
-	disks := slices.DeleteFunc(st.Disks, func(d client.DiskStatus) bool { return !slices.Contains(paths, d.Path) })
-	writes, done, err := planRecovery(recovery{node: cfg.Node, guessed: cfg.Guessed, now: cfg.Now().UTC(), view: view, disks: disks, open: st.Volumes, named: cfg.Disks})
+	rebuilt, kept := rebuild(ctx, cfg.Service, view, named(st, paths))
+	if len(rebuilt) > 0 {
+		if st, err = cfg.Service.State(ctx); err != nil {
+			return Recovered{}, fmt.Errorf("recover: %w", err)
+		}
+	}
+	writes, done, err := planRecovery(recovery{node: cfg.Node, guessed: cfg.Guessed, now: cfg.Now().UTC(), view: view, disks: named(st, paths), open: st.Volumes, named: cfg.Disks, kept: kept})
+	done.Rebuilt = rebuilt
 	if err != nil {
 		return done, fmt.Errorf("recover: %w", err)
 	}
@@ -98,6 +105,41 @@ func Recover(ctx context.Context, cfg RecoverConfig) (Recovered, error) {
 		}
 	}
 	return done, nil
+}
+
+// named are the disks that are recovered from.
+func named(st client.State, paths []string) []client.DiskStatus {
+	return slices.DeleteFunc(slices.Clone(st.Disks), func(d client.DiskStatus) bool { return !slices.Contains(paths, d.Path) })
+}
+
+// rebuild has the records of replicas made again that have lost them: under the membership record, if the catalogue has one that names the replica. It returns the names of their volumes, and of those that could not
+// be, by replica id, why.
+func rebuild(ctx context.Context, s client.Service, view *plan.View, disks []client.DiskStatus) (names []string, kept map[string]error) {
+	kept = map[string]error{}
+	for _, d := range disks {
+		for _, f := range d.Replicas {
+			if !f.RecordLost || f.ReplicaID == "" || f.VolumeID == "" {
+				continue
+			}
+			a := client.RebuildReplica{DiskID: d.DiskID, ReplicaID: f.ReplicaID}
+			err := error(nil)
+			if m := view.Memberships[f.VolumeID]; m.Is() {
+				if !slices.ContainsFunc(m.Value.Members, func(m catalog.MembershipMember) bool { return m.ReplicaID == f.ReplicaID }) {
+					continue // planRecovery says so
+				}
+				a.Record, err = json.Marshal(m.Value)
+			}
+			if err == nil {
+				err = s.RebuildReplica(ctx, a)
+			}
+			if err != nil {
+				kept[f.ReplicaID] = err
+				continue
+			}
+			names = append(names, f.Volume)
+		}
+	}
+	return names, kept
 }
 
 func readView(ctx context.Context, c catalog.Catalog) (*plan.View, error) {
@@ -123,6 +165,7 @@ type recovery struct {
 	disks   []client.DiskStatus
 	open    []client.VolumeStatus
 	named   []RecoverDisk
+	kept    map[string]error // why a replica that has lost its record is still without one, by its id
 
 	writes []plan.Write
 	done   Recovered
@@ -325,6 +368,9 @@ func (r *recovery) volumes() {
 			case f.VolumeID == "" || f.ReplicaID == "":
 				r.conflict("%s on disk %s cannot be read and is left alone", f.DataPath, d.Path)
 				continue
+			case r.kept[f.ReplicaID] != nil:
+				r.conflict("replica %s of volume %s has lost its record, and is left alone: %v", f.ReplicaID, f.Volume, r.kept[f.ReplicaID])
+				continue
 			case twice:
 				r.conflict("replica %s of volume %s is on disk %s and on disk %s; the second is left alone: one is a copy of the other's directory", f.ReplicaID, f.Volume, other, d.Path)
 				continue
@@ -421,12 +467,17 @@ func (r *recovery) membership(rec catalog.Membership, raw json.RawMessage, name 
 	return true
 }
 
-// firstRecord is what a volume begins with that was never open; its head has the replica's id.
+// firstRecord is what a volume begins with that was never open, or whose copy has lost what it knew of writers. A data process that does not say what layers there are is an older one: the head of a volume that
+// was never open has the replica's id.
 func firstRecord(c copyFound, node string, now time.Time) catalog.Membership {
+	layers := c.Chain
+	if len(layers) == 0 {
+		layers = []string{c.ReplicaID}
+	}
 	return catalog.Membership{
 		VolumeID: c.VolumeID, Generation: 1, LastChange: now,
 		Members: []catalog.MembershipMember{{ReplicaID: c.ReplicaID, Node: node, InSync: true}},
-		Chain:   catalog.MembershipChain{Generation: 1, SizeBytes: c.SizeBytes, Layers: []string{c.ReplicaID}},
+		Chain:   catalog.MembershipChain{Generation: 1, SizeBytes: c.SizeBytes, Layers: layers, Base: c.Base},
 	}
 }
 

@@ -101,6 +101,61 @@ func TestRecoverLost(t *testing.T) {
 	})
 }
 
+// TestRecoverNeverOpened: a volume that was never open still stands on its image, which nobody may delete.
+func TestRecoverNeverOpened(t *testing.T) {
+	bubble(t, func(w *world) {
+		w.settle(0)
+		w.createImage("debian", "ok")
+		w.createVolume("v", "debian")
+		w.settle(time.Minute)
+		w.wantState("v", catalog.VolumeDetached, catalog.RobustnessUnknown)
+		w.stop()
+		cluster := w.clusterID()
+		old, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "v"))
+		w.lose()
+		r, err := w.recover(w.mem, cluster)
+		w.want("recovered", err == nil && slices.Equal(r.Volumes, []string{"v"}), r, err)
+		v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "v"))
+		w.want("its image", v.ImageID == old.ImageID && v.Image == "debian", v)
+		m, _ := get[catalog.Membership](w, catalog.MembershipKey(v.ID))
+		w.want("its record", m.Chain.Base == old.ImageID && slices.Equal(m.Chain.Layers, []string{v.Replicas[0].ReplicaID}), m)
+	})
+}
+
+// TestRecoverLostRecord: a copy that has lost its own record gets it again: under the catalogue's record if there is one, and else as what its layers are. What cannot be made again is told, and no volume comes of it.
+func TestRecoverLostRecord(t *testing.T) {
+	bubble(t, func(w *world) {
+		lived(w)
+		cluster := w.clusterID()
+		w.host.mu.Lock()
+		w.host.open = map[string]client.OpenVolume{} // nothing is open any more
+		w.host.mu.Unlock()
+		w.host.kill()
+		lose := func(name, failed string) *fakeReplica {
+			v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, name))
+			r, _ := w.host.replica(v.Replicas[0].ReplicaID)
+			r.lost, r.record, r.fence, r.failed = true, nil, 0, failed
+			return r
+		}
+		a := lose("a", "")
+		r, err := w.recover(w.mem, cluster)
+		w.want("with the catalogue", err == nil && slices.Equal(r.Rebuilt, []string{"a"}) && len(r.Conflicts)+len(r.Volumes)+len(r.Advanced) == 0 && a.fence > 0 && !a.lost, r, err, a)
+		r, err = w.recover(w.mem, cluster)
+		w.want("again", err == nil && len(r.Rebuilt)+len(r.Conflicts)+len(r.Volumes)+len(r.Advanced) == 0, r, err)
+
+		lose("a", "")
+		lose("b", "its layers are gone")
+		chain := []string{a.layers[1].ID, a.layers[0].ID}
+		w.lose()
+		r, err = w.recover(w.mem, cluster)
+		w.want("without the catalogue", err == nil && slices.Equal(r.Rebuilt, []string{"a"}) && slices.Equal(r.Volumes, []string{"a", "c"}), r, err)
+		w.want("what could not be", len(r.Conflicts) == 1 && strings.Contains(r.Conflicts[0], "volume b has lost its record"), r.Conflicts)
+		v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "a"))
+		m, _ := get[catalog.Membership](w, catalog.MembershipKey(v.ID))
+		w.want("its chain and image", slices.Equal(m.Chain.Layers, chain) && m.Opened == 0 && v.ImageID != "" && v.Image == "debian", m, v)
+	})
+}
+
 // TestLostAndNotNoticed: serve started with an empty catalogue while guests run touches nothing, keeps the cluster, and Recover then works.
 func TestLostAndNotNoticed(t *testing.T) {
 	bubble(t, func(w *world) {

@@ -70,6 +70,11 @@ func (i *inventory) addReplica(f local.Found) {
 		if text, err := json.Marshal(f.Record); err == nil {
 			r.Record = text
 		}
+	} else {
+		r.Base, r.RecordLost = string(f.Chain.Base), f.RecordLost
+		for _, id := range f.Chain.Layers {
+			r.Chain = append(r.Chain, string(id))
+		}
 	}
 	i.replicas[f.Dir] = r
 }
@@ -274,6 +279,50 @@ func (p *Process) createReplica(a client.CreateReplica) error {
 	f := local.Look(d.fs, dir)
 	if f.Err == nil && (f.VolumeID != a.VolumeID || f.Chain.Base != replica.LayerID(a.ImageID)) {
 		return fmt.Errorf("%w: it is of volume %s over image %q", client.ErrExists, f.VolumeID, f.Chain.Base)
+	}
+	d.lookAgain(dir)
+	return nil
+}
+
+// RebuildReplica implements client.Service.
+func (p *Process) RebuildReplica(_ context.Context, a client.RebuildReplica) error {
+	if err := p.rebuildReplica(a); err != nil {
+		return forWire(fmt.Errorf("make the record of replica %s again: %w", a.ReplicaID, err))
+	}
+	p.board.bump()
+	return nil
+}
+
+func (p *Process) rebuildReplica(a client.RebuildReplica) error {
+	if !validID(a.ReplicaID) {
+		return fmt.Errorf("%w: ids are 32 hex digits", client.ErrInvalid)
+	}
+	var rec *replica.Record
+	if len(a.Record) > 0 {
+		rec = new(replica.Record)
+		if err := json.Unmarshal(a.Record, rec); err != nil {
+			return fmt.Errorf("%w: its volume's record: %w", client.ErrInvalid, err)
+		}
+	}
+	d, err := p.disk(a.DiskID)
+	if err != nil {
+		return err
+	}
+	if p.copying(a.ReplicaID) || p.open.look(a.ReplicaID) != nil {
+		return fmt.Errorf("%w: it is open; detach its volume first", client.ErrInUse)
+	}
+	d.change.Lock()
+	defer d.change.Unlock()
+	dir, err := local.Find(d.fs, a.ReplicaID)
+	if err != nil {
+		return err
+	}
+	base := ""
+	if id := local.Look(d.fs, dir).Chain.Base; id != "" {
+		base = imagePath(string(id))
+	}
+	if err := local.Recover(d.fs, dir, base, rec); err != nil {
+		return err
 	}
 	d.lookAgain(dir)
 	return nil

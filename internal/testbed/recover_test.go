@@ -84,6 +84,57 @@ func TestLostCatalogue(t *testing.T) {
 	}
 }
 
+// TestLostRecord takes the own records of copies away, by removing and by overwriting them: such a volume does not open and says what to do, and recover makes the records again from the layers, with the catalogue
+// and without it: names, content, snapshots, also those beside the present.
+func TestLostRecord(t *testing.T) {
+	b := newBed(t)
+	b.furnish()
+	b.cli("volume", "detach", "one")
+	b.cli("volume", "detach", "bare")
+	lose := func() {
+		t.Helper()
+		b.cli("shutdown", "--force")
+		if err := b.p.WaitServe(); err != nil {
+			t.Error(err)
+		}
+		n := 0
+		b.each(b.disk(), func(path string, info os.FileInfo) {
+			if filepath.Base(path) != "replica" {
+				return
+			}
+			err := os.Remove(path)
+			if n++; err == nil && n%2 == 0 {
+				err = os.WriteFile(path, make([]byte, info.Size()), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		})
+		if n != 4 {
+			t.Fatalf("%d copies have a record, want 4", n)
+		}
+	}
+	lose()
+	if err := b.p.StartServe(b.ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []string{"one", "two"} {
+		b.refused(exitConflict, []string{"volume " + v, "record is lost", "ashlar recover"}, "volume", "attach", v)
+	}
+	b.recover()
+	b.furniture("one", "two")
+	for _, v := range []string{"one", "two"} {
+		b.cli("volume", "detach", v)
+	}
+	lose()
+	b.loseCatalogue()
+	t.Logf("%s", b.cli("recover", "--data-dir", b.p.DataDir, "--name", "node1", b.disk()))
+	if err := b.p.StartServe(b.ctx); err != nil {
+		t.Fatal(err)
+	}
+	b.furniture()
+}
+
 // files are all files on the node's disk.
 func (b *bed) files() (out []string) {
 	b.each(b.disk(), func(path string, _ os.FileInfo) { out = append(out, path) })

@@ -57,6 +57,11 @@ func (c *Client) DeleteReplica(ctx context.Context, a DeleteReplica) error {
 	return c.say(ctx, "delete-replica", a)
 }
 
+// RebuildReplica implements Service.
+func (c *Client) RebuildReplica(ctx context.Context, a RebuildReplica) error {
+	return c.say(ctx, "rebuild-replica", a)
+}
+
 // OpenVolume implements Service.
 func (c *Client) OpenVolume(ctx context.Context, a OpenVolume) (VolumeStatus, error) {
 	return call[VolumeStatus](ctx, c.caller, "open-volume", a)

@@ -58,8 +58,9 @@ func (e *echo) WaitState(ctx context.Context, after uint64) (State, error) {
 		return State{}, ctx.Err()
 	}
 }
-func (e *echo) CreateReplica(_ context.Context, a CreateReplica) error { return e.note(a) }
-func (e *echo) DeleteReplica(_ context.Context, a DeleteReplica) error { return e.note(a) }
+func (e *echo) CreateReplica(_ context.Context, a CreateReplica) error   { return e.note(a) }
+func (e *echo) DeleteReplica(_ context.Context, a DeleteReplica) error   { return e.note(a) }
+func (e *echo) RebuildReplica(_ context.Context, a RebuildReplica) error { return e.note(a) }
 func (e *echo) OpenVolume(_ context.Context, a OpenVolume) (VolumeStatus, error) {
 	return VolumeStatus{VolumeID: a.VolumeID, State: "open", Epoch: 1 << 60}, e.note(a)
 }
@@ -111,6 +112,7 @@ func verbs(ctx context.Context, s Service) map[string]error {
 	_, out["wait"] = s.WaitState(ctx, 0)
 	out["create"] = s.CreateReplica(ctx, CreateReplica{ReplicaID: "r", SizeBytes: 1 << 40})
 	out["delete"] = s.DeleteReplica(ctx, DeleteReplica{ReplicaID: "r"})
+	out["rebuild"] = s.RebuildReplica(ctx, RebuildReplica{DiskID: "d", ReplicaID: "r", Record: []byte(`{"epoch":1}`)})
 	_, out["open"] = s.OpenVolume(ctx, OpenVolume{VolumeID: "v", Frontend: "nbd", Salvage: true})
 	out["close"] = s.CloseVolume(ctx, CloseVolume{VolumeID: "v"})
 	_, out["operate"] = s.Operate(ctx, Operate{VolumeID: "v", Verb: "snapshot", Labels: map[string]string{"a": "b"}})

@@ -27,6 +27,8 @@ type Service interface {
 	CreateReplica(ctx context.Context, a CreateReplica) error
 	// DeleteReplica removes a replica for good. ErrInUse while it is open.
 	DeleteReplica(ctx context.Context, a DeleteReplica) error
+	// RebuildReplica makes a replica's own record again. ErrNotFound, ErrInUse (it is open), ErrCorrupt (a layer is missing, or it has another chain than the record), ErrInvalid.
+	RebuildReplica(ctx context.Context, a RebuildReplica) error
 	// OpenVolume makes this process the volume's writer and exports it. ErrNotFound, ErrSalvage, ErrFenced, ErrStaleCatalogue, ErrUnreachable (of the catalogue, or of the replica's node),
 	// ErrExists (open with other arguments).
 	OpenVolume(ctx context.Context, a OpenVolume) (VolumeStatus, error)
@@ -85,6 +87,7 @@ func handler(s Service, w Window) http.Handler {
 	handle(mux, "adopt-disk", s.AdoptDisk)
 	handle(mux, "create-replica", noOutput(s.CreateReplica))
 	handle(mux, "delete-replica", noOutput(s.DeleteReplica))
+	handle(mux, "rebuild-replica", noOutput(s.RebuildReplica))
 	handle(mux, "open-volume", s.OpenVolume)
 	handle(mux, "close-volume", noOutput(s.CloseVolume))
 	handle(mux, "operate", s.Operate)

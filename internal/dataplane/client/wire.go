@@ -59,6 +59,11 @@ type ReplicaFound struct {
 	Open           bool            `json:"open"`
 	Failed         string          `json:"failed,omitempty"`
 	Record         json.RawMessage `json:"record,omitempty"` // newest membership record it was sent
+	// Chain and Base are said of a replica that keeps no membership record: its layers, head first, and the id of the image below them.
+	Chain []string `json:"chain,omitempty"`
+	Base  string   `json:"base,omitempty"`
+	// RecordLost: its own record is gone or damaged, and what is said here was put together from its layers' headers. It opens again after RebuildReplica.
+	RecordLost bool `json:"recordLost,omitempty"`
 }
 
 // ImageFound is an image's layer on a disk.
@@ -72,6 +77,15 @@ type ImageFound struct {
 	Digest           string `json:"digest"`
 	Format           string `json:"format"`
 	Source           string `json:"source"`
+}
+
+// RebuildReplica makes the own record of a replica again from its layers' headers, if that is lost (ReplicaFound.RecordLost); otherwise it changes nothing.
+type RebuildReplica struct {
+	DiskID    string `json:"diskID"`
+	ReplicaID string `json:"replicaID"`
+	// Record is the volume's membership record, of which the replica is a member: it goes on under that epoch, if it has the chain that is recorded or pending there (else CodeCorrupt). Empty: nothing is known of
+	// a writer, and whoever has the replica opened next continues above every epoch there was.
+	Record json.RawMessage `json:"record,omitempty"`
 }
 
 // CreateReplica makes an empty replica of a volume. Idempotent by ReplicaID.

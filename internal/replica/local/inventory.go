@@ -211,45 +211,75 @@ func Sweep(fsys disk.FS) error {
 	return nil
 }
 
-// Recover writes a replica's record again from the headers of its layers, if it is lost; otherwise it changes nothing. Files that are no whole layer are left alone: one that
-// was half made is not missed, and without one that was, the rest makes no chain (block.ErrCorrupt). The new record has no membership record and
-// epoch 0: whoever uses it next continues above the highest epoch known anywhere. basePath is the image's layer file, if the volume has an image.
-func Recover(fsys disk.FS, dir, basePath string) error {
+// Recover writes a replica's record again from the headers of its layers, if it is lost; otherwise it changes nothing. Nobody has the replica open. Files that are no whole layer are left alone: one that
+// was half made is not missed, and without one that was, the rest makes no chain (block.ErrCorrupt). basePath is the image's layer file, if the volume has an image.
+//
+// rec is the volume's membership record, which has the replica as a member; the replica goes on under its epoch, with the generation of its chain. A replica that has neither that chain nor the pending one is none that
+// the record knows, and is left alone: replica.ErrChain. Without it nothing is known of a writer: epoch 0, generation 1.
+func Recover(fsys disk.FS, dir, basePath string, rec *replica.Record) error {
 	if f := Look(fsys, dir); !f.RecordLost {
 		return nil
 	}
+	if err := makeRecord(fsys, dir, basePath, rec); err != nil {
+		return fmt.Errorf("recover replica %s: %w", dir, err)
+	}
+	return nil
+}
+
+func makeRecord(fsys disk.FS, dir, basePath string, rec *replica.Record) error {
 	heads, _, err := readHeaders(fsys, dir)
 	if err != nil {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+		return err
 	}
 	for i := range heads {
 		if heads[i].meta.State == layer.StateHead {
 			if heads[i].empty, err = isEmpty(fsys, path.Join(dir, string(heads[i].meta.ID)+layerSuffix)); err != nil {
-				return fmt.Errorf("recover replica %s: %w", dir, err)
+				return err
 			}
 		}
 	}
 	st, err := rebuild(heads)
 	if err != nil {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+		return err
 	}
 	if st.Base != "" {
 		st.BasePath = basePath
 	}
+	if rec != nil {
+		if err := st.underRecord(*rec); err != nil {
+			return err
+		}
+	}
 	tmp, name := path.Join(dir, recordName+tmpSuffix), path.Join(dir, recordName)
 	if err := fsys.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+		return err
 	}
 	if err := writeRecord(fsys, tmp, st); err != nil {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+		return err
 	}
 	if err := fsys.Rename(tmp, name); err != nil {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+		return err
 	}
-	if err := fsys.SyncDir(dir); err != nil {
-		return fmt.Errorf("recover replica %s: %w", dir, err)
+	return fsys.SyncDir(dir)
+}
+
+// underRecord lets a rebuilt replica go on where the membership record says that it was.
+func (s *state) underRecord(rec replica.Record) error {
+	if rec.VolumeID != s.VolumeID {
+		return fmt.Errorf("the record is of volume %q: %w", rec.VolumeID, replica.ErrChain)
 	}
-	return nil
+	known := []replica.Chain{rec.Chain}
+	if rec.Pending != nil {
+		known = append(known, rec.Pending.Chain)
+	}
+	have := s.chain()
+	for _, c := range known {
+		if have.Generation = c.Generation; have.Equal(c) {
+			s.Writer.Epoch, s.Generation = rec.Epoch, max(1, c.Generation)
+			return nil
+		}
+	}
+	return fmt.Errorf("its layers are %v, those of the volume's record %v: %w", have.Layers, rec.Chain.Layers, replica.ErrChain)
 }
 
 // isEmpty tells whether nothing was ever written to a layer.

@@ -333,11 +333,38 @@ func TestImage(t *testing.T) {
 		!slices.Equal(lost.Chain.Layers, before.Chain.Layers) || lost.Chain.Base != image || !reflect.DeepEqual(names(lost), names(before)) {
 		t.Errorf("rebuilt %+v\nfrom    %+v", lost, before)
 	}
-	if _, err := local.Open(m, a.dir, local.OpenConfig{BootID: boot}); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := local.Open(m, a.dir, local.OpenConfig{BootID: boot}); !errors.Is(err, fs.ErrNotExist) || !errors.Is(err, local.ErrRecordLost) {
 		t.Errorf("open without a record: %v", err)
 	}
-	l.must(local.Recover(m, a.dir, file), "recover")
-	l.must(local.Recover(m, a.dir, file), "recover again")
+	// Under a membership record it goes on as that says, if it has that chain or the pending one.
+	rec := replica.Record{VolumeID: before.VolumeID, Epoch: 7, Opened: 7, Generation: 30, Chain: before.Chain}
+	after := func(what string, want error, epoch uint64, rec replica.Record) {
+		t.Helper()
+		err := local.Recover(m, a.dir, file, &rec)
+		got := local.Look(m, a.dir)
+		if !errors.Is(err, want) || got.Writer.Epoch != epoch || got.RecordLost != (want != nil) || want == nil && !got.Chain.Equal(before.Chain) {
+			t.Errorf("recovered under a record %s: %v, %+v", what, err, got)
+		}
+		if want == nil {
+			l.must(m.Remove(a.dir+"/replica"), "remove")
+		}
+	}
+	after("of its chain", nil, 7, rec)
+	was := rec
+	was.Pending = &replica.Change{Verb: replica.VerbSnapshot, Chain: before.Chain}
+	was.Chain.Generation--
+	was.Chain.Layers = before.Chain.Layers[1:]
+	after("with its chain pending", nil, 7, was)
+	was.Pending = nil
+	after("of a shorter chain", replica.ErrChain, 0, was)
+	bigger := rec
+	bigger.Chain.SizeBytes *= 2
+	after("of another size", replica.ErrChain, 0, bigger)
+	other := rec
+	other.VolumeID = "another"
+	after("of another volume", replica.ErrChain, 0, other)
+	l.must(local.Recover(m, a.dir, file, nil), "recover")
+	l.must(local.Recover(m, a.dir, file, nil), "recover again")
 	a.open(replica.Writer{Epoch: 9, Session: 1})
 	check()
 	a.close()
@@ -372,7 +399,7 @@ func TestRecoverDuringChange(t *testing.T) {
 			}
 			n := l.after(failing{t, s.name + ", " + e.String()}, e.fsys, e.power)
 			n.must(n.fsys.Remove(n.dir+"/replica"), "remove")
-			n.must(local.Recover(n.fsys, n.dir, ""), "recover")
+			n.must(local.Recover(n.fsys, n.dir, "", nil), "recover")
 			n.open(replica.Writer{Epoch: 5, Session: 1})
 			switch {
 			case s.name != "revert":

@@ -28,6 +28,9 @@ import (
 	"ashlar/internal/replica"
 )
 
+// ErrRecordLost: the replica's own record is gone or damaged. What its layers' headers say is enough to make it again (Recover), if all of them are there.
+var ErrRecordLost = errors.New("the copy's record is lost; stop `ashlar serve`, run `ashlar recover` on its disk, which makes it again from its layers, and start it")
+
 // OpenConfig says how to open a replica.
 type OpenConfig struct {
 	// BootID names the time during which the page cache cannot have lost anything: the host's boot, and the mount of the disk's file system if that may change
@@ -77,7 +80,7 @@ type Replica struct {
 
 // Open opens a replica directory and recovers it: every layer's log is replayed, a change that had passed its point of no return is completed, and half-made
 // files are removed. disk.ErrLocked if somebody else has it open; layer.ErrSalvage if a flush failed before and Salvage is not given; block.ErrCorrupt; ErrVersion;
-// disk.ErrNoRecord if the record is lost (Recover).
+// ErrRecordLost, with disk.ErrNoRecord, if the record is.
 func Open(fsys disk.FS, dir string, cfg OpenConfig) (*Replica, error) {
 	if cfg.BootID == "" {
 		err := fmt.Errorf("open replica %s: a boot id is needed: %w", dir, ErrInvalid)
@@ -127,6 +130,9 @@ func (r *Replica) open() error {
 // openRecord takes the lock and reads the record.
 func (r *Replica) openRecord() error {
 	f, err := r.recordFile()
+	if errors.Is(err, fs.ErrNotExist) && Look(r.fsys, r.dir).ReplicaID != "" {
+		return fmt.Errorf("%w: %w: %w", ErrRecordLost, disk.ErrNoRecord, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -136,6 +142,9 @@ func (r *Replica) openRecord() error {
 	}
 	r.slots = disk.OpenSlots(f, 0, slotBytes)
 	payload, seq, err := r.slots.Load()
+	if errors.Is(err, disk.ErrNoRecord) {
+		return fmt.Errorf("%w: %w", ErrRecordLost, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -144,7 +153,9 @@ func (r *Replica) openRecord() error {
 		return err
 	}
 	r.slots.Synced(seq)
-	r.st, err = decodeState(payload)
+	if r.st, err = decodeState(payload); errors.Is(err, block.ErrCorrupt) {
+		return fmt.Errorf("%w: %w", ErrRecordLost, err)
+	}
 	return err
 }
 
