@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -51,10 +52,12 @@ it: their layers can rebuild their records ("ashlar recover"), but not settings,
 
 func (a *app) clusterRestore() *cobra.Command {
 	cfg := node.Config{Version: version}
+	var external func()
 	cmd := &cobra.Command{
 		Use: "restore FILE", Short: "Bring the records of a backup back into an empty catalogue",
 		Long: `Restore reads a file that "ashlar cluster backup" wrote into this node's catalogue, which must be empty: stop "ashlar serve" and move DATA-DIR/etcd away first. Guests
-go on meanwhile. What happened after the backup is not in it: volumes whose disks know more refuse to open until "ashlar recover" was run.`,
+go on meanwhile. What happened after the backup is not in it: volumes whose disks know more refuse to open until "ashlar recover" was run. With an etcd that is not the nodes' own
+(etcd in the configuration) the records are brought back into that, which must have none of Ashlar's; all nodes' serve must be stopped.`,
 		Example: "  systemctl stop ashlar; mv /var/lib/ashlar/etcd /var/lib/ashlar/etcd.old\n  ashlar cluster restore /backup/ashlar-2026-11-22.json\n  ashlar recover /var/lib/ashlar/disks/default; systemctl start ashlar",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -67,10 +70,13 @@ go on meanwhile. What happened after the backup is not in it: volumes whose disk
 				defer f.Close()
 				in = f
 			}
+			external()
 			cfg.RunDir = a.runDir
 			cfg.Log = slog.New(slog.NewTextHandler(a.err, &slog.HandlerOptions{Level: slog.LevelWarn}))
 			done, err := node.Restore(cmd.Context(), cfg, in)
 			switch {
+			case errors.Is(err, catalog.ErrNotEmpty) && len(cfg.Etcd) > 0:
+				return api.Because(err, api.CodeConflict, "restore %s: %v; delete Ashlar's records from the etcd at %s first (`etcdctl del --prefix /ashlar/`)", args[0], err, strings.Join(cfg.Etcd, ", "))
 			case errors.Is(err, catalog.ErrNotEmpty):
 				return api.Because(err, api.CodeConflict, "restore %s: %v; move %s/etcd away first", args[0], err, cfg.DataDir)
 			case errors.Is(err, catalog.ErrBackup), errors.Is(err, catalog.ErrNewer):
@@ -84,5 +90,6 @@ go on meanwhile. What happened after the backup is not in it: volumes whose disk
 		},
 	}
 	optionOf("data-dir").define(cmd, &cfg.DataDir)
+	external = etcdFlags(cmd, &cfg)
 	return cmd
 }

@@ -24,7 +24,8 @@ func (a *app) serveCommands() []*cobra.Command {
 
 func (a *app) serveCommand() *cobra.Command {
 	cfg := node.Config{Version: version}
-	var etcd, level, format string
+	var level, format string
+	var external func()
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Run a node",
@@ -37,20 +38,32 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 			if cfg.Listen == "none" {
 				cfg.Listen = ""
 			}
-			if etcd != "" {
-				cfg.Etcd = strings.Split(etcd, ",")
-			}
+			external()
 			cfg.Log = logger(a.err, level, format)
 			return a.profiled(cmd.Context(), "serve", func() error { return serve(cmd.Context(), cfg) })
 		},
 	}
-	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "etcd": &etcd, "etcd-ca": &cfg.EtcdFiles.CA, "etcd-certificate": &cfg.EtcdFiles.Cert,
-		"etcd-key": &cfg.EtcdFiles.Key, "log-level": &level, "log-format": &format,
+	for flag, into := range map[string]*string{"data-dir": &cfg.DataDir, "listen": &cfg.Listen, "name": &cfg.Name, "log-level": &level, "log-format": &format,
 		"tls-certificate": &cfg.TLSCertificate, "tls-key": &cfg.TLSKey, "nbd-listen": &cfg.NBD.Address, "nbd-certificate": &cfg.NBD.CertFile, "nbd-key": &cfg.NBD.KeyFile,
 		"nbd-client-ca": &cfg.NBD.ClientCA} {
 		optionOf(flag).define(cmd, into)
 	}
+	external = etcdFlags(cmd, &cfg)
 	return cmd
+}
+
+// etcdFlags has a command find an etcd that is not the nodes' own, as the configuration names it; set puts it into cfg once flags are read. Whoever opens the catalogue beside serve needs
+// them: without, it would make one of the node's own, which nobody reads.
+func etcdFlags(cmd *cobra.Command, cfg *node.Config) (set func()) {
+	var etcd string
+	for flag, into := range map[string]*string{"etcd": &etcd, "etcd-ca": &cfg.EtcdFiles.CA, "etcd-certificate": &cfg.EtcdFiles.Cert, "etcd-key": &cfg.EtcdFiles.Key} {
+		optionOf(flag).define(cmd, into)
+	}
+	return func() {
+		if etcd != "" {
+			cfg.Etcd = strings.Split(etcd, ",")
+		}
+	}
 }
 
 // systemd tells whether this process is one of the package's units, whose others systemd starts.

@@ -230,6 +230,15 @@ func (w *world) wanted(name string) catalog.NodeWanted {
 	return n
 }
 
+func (w *world) rev(name string) catalog.Rev {
+	w.t.Helper()
+	_, rev, err := catalog.Read[catalog.NodeWanted](w.t.Context(), w.cat, catalog.NodeKey(catalog.Wanted, name))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return rev
+}
+
 func (w *world) token() string {
 	w.t.Helper()
 	token, _, err := MakeToken(w.t.Context(), w.cat, w.dir, time.Hour, nil)
@@ -275,6 +284,37 @@ func TestInit(t *testing.T) {
 	}
 	if s := must[State](t)(w.dir.Load()); s.NodeID != w.state.NodeID || len(s.Members) != 1 {
 		t.Errorf("node.json is %+v", s)
+	}
+}
+
+// TestInitRestored opens a cluster on a catalogue whose records came from another cluster's backup: who voted there has no seat here, and only this node has one.
+func TestInitRestored(t *testing.T) {
+	cat := catalog.NewMem()
+	defer cat.Close()
+	w := &world{t: t, cat: cat, etcd: &fakeEtcd{}, dir: Dir(filepath.Join(t.TempDir(), "cluster"))}
+	put(w, catalog.ClusterKey(), catalog.Cluster{ID: strings.Repeat("c", 32), Format: 1})
+	id := strings.Repeat("4", 32)
+	for _, n := range []catalog.NodeWanted{{Name: "n0", Voter: true}, {Name: "n1", ID: id, Zone: "z"}, {Name: "n2", Voter: true, Zone: "y"}, {Name: "n3", Voter: true}, {Name: "n5"}} {
+		put(w, catalog.NodeKey(catalog.Wanted, n.Name), n)
+	}
+	idle := w.rev("n5")
+	s, err := Init(t.Context(), w.init(row(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := w.wanted("n1"); s.NodeID != id || !s.Voter || !n.Voter || n.ID != id || n.Zone != "z" {
+		t.Errorf("this node became %+v, its record %+v", s, n)
+	}
+	for _, name := range []string{"n0", "n2", "n3", "n5"} {
+		if w.wanted(name).Voter {
+			t.Errorf("%s has a seat in a catalogue that it has no member of", name)
+		}
+	}
+	if w.wanted("n2").Zone != "y" {
+		t.Error("more than the seat was taken from n2")
+	}
+	if now := w.rev("n5"); now != idle {
+		t.Error("a record was written that said nothing wrong")
 	}
 }
 

@@ -26,7 +26,7 @@ type InitConfig struct {
 	Now      func() time.Time // nil: time.Now
 }
 
-// Init opens this node's cluster of one: its authority signs the node's certificate, the node's record gets an id, and node.json is there last. The node is then built anew from it.
+// Init opens this node's cluster of one: its authority signs the node's certificate, the node's record gets an id, nobody else's says voter any more, and node.json is there last. The node is then built anew from it.
 // After a crash in between it is repeated. ErrIn, ErrAddress, and the errors of the catalogue and of files.
 func Init(ctx context.Context, cfg InitConfig) (State, error) {
 	if s, err := cfg.Dir.Load(); err == nil {
@@ -46,6 +46,9 @@ func Init(ctx context.Context, cfg InitConfig) (State, error) {
 	}
 	authority, err := identity.OpenAuthority(cfg.Authority, cfg.Now)
 	if err != nil {
+		return State{}, err
+	}
+	if err := unseat(ctx, cfg.Catalog, cfg.Name); err != nil {
 		return State{}, err
 	}
 	wanted, _, err := catalog.Update(ctx, cfg.Catalog, catalog.NodeKey(catalog.Wanted, cfg.Name), func(n *catalog.NodeWanted) error {
@@ -69,6 +72,25 @@ func Init(ctx context.Context, cfg InitConfig) (State, error) {
 		return State{}, err
 	}
 	return s, cfg.Dir.Save(s)
+}
+
+// unseat takes their seats from all other nodes. The catalogue of a node that is in no cluster has no member of anybody else's: who is a voter by its records came with a backup, from a catalogue
+// that is no more. As voters they could not be removed, and would leave this node no seat.
+func unseat(ctx context.Context, c catalog.Catalog, but string) error {
+	nodes, _, err := catalog.All[catalog.NodeWanted](ctx, c, catalog.KindNode, catalog.Wanted)
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		if n.Key.Name == but || !n.Value.Voter {
+			continue
+		}
+		_, _, err := catalog.Update(ctx, c, n.Key, func(w *catalog.NodeWanted) error { w.Voter = false; return nil })
+		if err != nil && !errors.Is(err, catalog.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
 }
 
 // keepAuthority puts the authority, with its key, into the directory.

@@ -65,7 +65,11 @@ func (n *Node) openFirst(ctx context.Context) (*etcd.Store, error) {
 	if err := n.loadCluster(); err != nil {
 		return nil, err
 	}
-	if n.state == nil || !n.state.Voter || !n.embedded() {
+	if n.state != nil && !n.state.Voter && n.embedded() { // it would ask members that are not there, for ever
+		return nil, fmt.Errorf("%w: node %s keeps no member of the catalogue; do this on one that does, or, if none is left, move %s away first: this node begins a new cluster with the records then", ErrConfig,
+			n.state.Name, n.dir())
+	}
+	if n.state == nil || !n.embedded() {
 		return etcd.Open(ctx, n.options())
 	}
 	s, err := etcd.Open(ctx, n.clusterOptions(n.state.Alone()))

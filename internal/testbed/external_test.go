@@ -302,4 +302,44 @@ func TestExternalEtcd(t *testing.T) {
 	if err := j.verify(third.dial("v1")); err != nil {
 		t.Error(err)
 	}
+	w.restoreExternal(e, backup)
+	third.cli("volume", "attach", "v1", "--frontend", "nbd")
+	if err := j.verify(third.dial("v1")); err != nil {
+		t.Error(err)
+	}
+}
+
+// restoreExternal brings a backup back into an etcd that lost everything. Volume v1 was opened since, and its copy is on the second node.
+func (w *crowd) restoreExternal(e *foreignEtcd, backup string) {
+	w.Helper()
+	one, two := w.nodes[0], w.nodes[1]
+	with := func(b *bed, args ...string) []string {
+		return append(append(args, "--data-dir", b.p.DataDir), e.args("ca", "ashlar")...)
+	}
+	one.refused(exitConflict, []string{"serve"}, with(one, "cluster", "restore", backup)...)
+	for _, b := range w.nodes {
+		b.stopServe()
+	}
+	one.refused(exitConflict, []string{"etcdctl", e.url()}, with(one, "cluster", "restore", backup)...)
+	e.kill()
+	if err := os.Rename(e.file("data"), e.file("lost")); err != nil {
+		w.Fatal(err)
+	}
+	e.start()
+	one.says(one.cli(with(one, "cluster", "restore", backup)...), "records of cluster")
+	for _, b := range w.nodes {
+		b.startServe()
+	}
+	w.untilWhole(3)
+	one.until(20*time.Second, "the volume says that the catalogue is old", func() bool { return strings.Contains(one.volume("v1").Error, "recover") })
+	one.p.Text(w.ctx, "volume", "detach", "v1", "--force")
+	two.stopServe()
+	two.says(two.cli(with(two, "recover", two.disk())...), "brought up to date")
+	two.startServe()
+	for _, b := range w.nodes {
+		if _, err := os.Stat(b.etcd()); !errors.Is(err, os.ErrNotExist) {
+			w.Errorf("node %s has a catalogue of its own now: %v", b.p.Name, err)
+		}
+	}
+	w.untilWhole(3)
 }

@@ -62,6 +62,51 @@ func TestRunbookLastOfTwo(t *testing.T) {
 	}
 }
 
+// TestRunbookNoVoterLeft loses all voters for good. A node that was none, with a guest on a volume of its own, begins a cluster with the records of a backup: the guest goes on, what the others alone
+// had is said to be lost, and machines join.
+func TestRunbookNoVoterLeft(t *testing.T) {
+	w := newCrowd(t, 4, loopback)
+	four := w.nodes[3]
+	w.nodes[0].untilVote("node1", "node2", "node3")
+	four.cli("node", "tag", "node4", "n4")
+	four.cli("node", "tag", "node2", "n2")
+	w.volumeOn("kept", "n4", four)
+	w.volumeOn("lost", "n2", four)
+	four.qemuIO("kept", "write -P 1 0 4M", "flush")
+	file := four.path("catalogue.json")
+	four.cli("cluster", "backup", file)
+	for i := range 3 {
+		if err := w.c.KillNode(w.ctx, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	four.qemuIO("kept", "read -P 1 0 4M", "write -P 2 0 4M", "flush")
+	four.stopServe()
+	four.refused(exitRefused, []string{"keeps no member", four.p.DataDir}, "cluster", "restore", file, "--data-dir", four.p.DataDir)
+	four.tool("mv", filepath.Join(four.p.DataDir, "cluster"), filepath.Join(four.p.DataDir, "cluster.old"))
+	four.says(four.cli("cluster", "restore", file, "--data-dir", four.p.DataDir), "records of cluster")
+	four.startServe()
+	four.cli("cluster", "init", "--address", w.c.Host(3))
+	four.untilVote("node4")
+	four.qemuIO("kept", "read -P 2 0 4M", "write -P 3 0 4M", "flush")
+	four.untilDown("node1", "node2", "node3")
+	for i := range 3 {
+		four.cli("node", "remove", w.nodes[i].p.Name, "--force")
+	}
+	four.cli("volume", "detach", "lost", "--force")
+	four.until(10*time.Second, "the volume that was there only is said to be lost", func() bool { return four.volume("lost").Robustness == "faulted" })
+	four.cli("volume", "delete", "lost")
+	w.rejoinThrough(0, 3)
+	four.untilVote("node1", "node4")
+	four.qemuIO("kept", "read -P 3 0 4M")
+	four.cli("volume", "detach", "kept")
+	w.nodes[0].cli("volume", "attach", "kept", "--frontend", "nbd")
+	w.nodes[0].qemuIO("kept", "read -P 3 0 4M")
+	four.stopServe() // it does so by itself from now on, also after a start
+	four.startServe()
+	four.untilVote("node1", "node4")
+}
+
 // room mounts a small disk of its own where a node has its member of the catalogue, whose serve is stopped.
 func (b *bed) room(mib int) {
 	b.Helper()

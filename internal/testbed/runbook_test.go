@@ -246,13 +246,14 @@ func (w *crowd) runLostDisk() {
 	one.until(20*time.Second, "the disk is forgotten", func() bool { return !strings.Contains(one.cli("disk", "list"), "node2/second") })
 }
 
-// rejoin has a machine that was removed join again, with an empty data directory.
-func (w *crowd) rejoin(b *bed, i int) {
+// rejoinThrough has a machine that was removed join again through another, with an empty data directory.
+func (w *crowd) rejoinThrough(i, through int) {
 	w.Helper()
+	b := w.nodes[i]
 	b.tool("rm", "-rf", b.p.DataDir)
 	b.tool("mkdir", b.p.DataDir)
 	b.startServe()
-	if err := w.c.Join(w.ctx, i, 0); err != nil {
+	if err := w.c.Join(w.ctx, i, through); err != nil {
 		w.Fatal(err)
 	}
 }
@@ -526,7 +527,7 @@ func (w *crowd) runReplace() {
 		w.Error("serve of a removed node ends as if it had been told to")
 	}
 	four.until(20*time.Second, "its other processes end", func() bool { return four.p.PID("data") == 0 && four.p.PID("hold") == 0 })
-	w.rejoin(four, 3)
+	w.rejoinThrough(3, 0)
 	w.untilWhole(4)
 	one.cli("volume", "attach", "moved", "--frontend", "nbd", "--node", "node4")
 	four.qemuIO("moved", "read -P 1 0 4M")
