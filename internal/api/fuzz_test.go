@@ -100,7 +100,8 @@ func TestMetrics(t *testing.T) {
 		if err != nil || w.Code != 200 {
 			t.Fatal(w.Code, err)
 		}
-		for name, want := range map[string]float64{"ashlar_volume_size_bytes": 1 << 30, "ashlar_volume_read_ops_total": 3, "ashlar_node_ready": 1, "ashlar_images": 1, "ashlar_disk_free_bytes": 900 * 64 << 20} {
+		for name, want := range map[string]float64{"ashlar_volume_size_bytes": 1 << 30, "ashlar_volume_read_ops_total": 3, "ashlar_node_ready": 1, "ashlar_images": 1, "ashlar_disk_free_bytes": 900 * 64 << 20,
+			"ashlar_disk_ready": 1} {
 			f := families[name]
 			if f == nil || len(f.Metric) != 1 {
 				t.Errorf("%s: %v", name, f)

@@ -147,17 +147,23 @@ func (h *Handler) diskMetrics(e *exposition, r *http.Request) error {
 	}
 	for _, m := range []struct {
 		name, help string
-		value      func(catalog.DiskObserved) int64
+		value      func(node string, d catalog.DiskObserved) int64
 	}{
-		{"ashlar_disk_size_bytes", "Size of a disk.", func(d catalog.DiskObserved) int64 { return d.TotalBytes }},
-		{"ashlar_disk_free_bytes", "Free space of a disk.", func(d catalog.DiskObserved) int64 { return d.FreeBytes }},
-		{"ashlar_disk_scheduled_bytes", "Sizes of the replicas on a disk, added up.", func(d catalog.DiskObserved) int64 { return d.ScheduledBytes }},
+		{"ashlar_disk_ready", "1 if a disk can be used, and its node lives.", func(node string, d catalog.DiskObserved) int64 {
+			if l.down(node) || d.Conditions[catalog.ConditionReady].Status != catalog.ConditionTrue {
+				return 0
+			}
+			return 1
+		}},
+		{"ashlar_disk_size_bytes", "Size of a disk.", func(_ string, d catalog.DiskObserved) int64 { return d.TotalBytes }},
+		{"ashlar_disk_free_bytes", "Free space of a disk.", func(_ string, d catalog.DiskObserved) int64 { return d.FreeBytes }},
+		{"ashlar_disk_scheduled_bytes", "Sizes of the replicas on a disk, added up.", func(_ string, d catalog.DiskObserved) int64 { return d.ScheduledBytes }},
 	} {
 		e.metric(m.name, "gauge", m.help)
 		for _, name := range l.names() {
 			disks := l.observed[name].Disks
 			for _, disk := range slices.Sorted(maps.Keys(disks)) {
-				e.sample(m.name, float64(m.value(disks[disk])), "node", name, "disk", disk)
+				e.sample(m.name, float64(m.value(name, disks[disk])), "node", name, "disk", disk)
 			}
 		}
 	}

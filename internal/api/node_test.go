@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -433,6 +434,27 @@ func TestRemoveDisk(t *testing.T) {
 		x.want(200, "POST", "/v1/nodes/n2?action=diskRemove", `{"disk":"default"}`)
 		if n := get[Node](x, "/v1/nodes/n2"); len(n.Disks) != 0 || n.Conditions["Schedulable"].Reason != "NoSchedulableDisk" {
 			t.Errorf("%+v", n)
+		}
+	})
+}
+
+// TestDiskIsReady: a disk that is away, and one of a node that is, can be alarmed about: neither is a matter of the node's own readiness.
+func TestDiskIsReady(t *testing.T) {
+	inCluster(t, Config{}, func(x *fixture) {
+		_, _, err := catalog.Update(t.Context(), x.mem, catalog.NodeKey(catalog.Observed, "n2"), func(o *catalog.NodeObserved) error {
+			o.Disks["default"].Conditions[catalog.ConditionReady] = catalog.Condition{Status: catalog.ConditionFalse, Message: "not mounted"}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := newRecorder()
+		x.h.ServeHTTP(w, onLoopback(httptest.NewRequest("GET", "/metrics", nil)))
+		text := w.Body.String()
+		for _, line := range []string{`ashlar_disk_ready{node="n1",disk="default"} 1`, `ashlar_disk_ready{node="n2",disk="default"} 0`, `ashlar_disk_ready{node="n4",disk="default"} 0`, `ashlar_node_ready{node="n2"} 1`} {
+			if !strings.Contains(text, line+"\n") {
+				t.Errorf("no line %s", line)
+			}
 		}
 	})
 }
