@@ -126,7 +126,11 @@ func fakeNode(runDir string) (mem *catalog.Mem, stop func(), err error) {
 	wg.Go(func() { _ = standIn.Run(ctx) })
 	c, err := client.New("unix://" + client.Socket(runDir))
 	if err == nil {
-		err = c.WaitReady(ctx)
+		for limit := time.Now().Add(time.Minute); ; <-time.After(time.Millisecond) {
+			if err = c.Ready(ctx); err == nil || time.Now().After(limit) {
+				break
+			}
+		}
 	}
 	return mem, func() {
 		cancel()

@@ -121,9 +121,6 @@ func (a *Authority) CertificatePEM() []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: pemCertificate, Bytes: a.cert.Raw})
 }
 
-// CertificateFile is where CertificatePEM stands: what a client's --ca names.
-func (a *Authority) CertificateFile() string { return a.path(caFile) }
-
 // Issue makes a key and a certificate for a server that is reached by these names and addresses (of which there must be one), and returns them with the
 // authority's own certificate as PEM for one file. The certificate serves for TLS servers, and clients between nodes; it is valid for 90 days.
 func (a *Authority) Issue(names []string) ([]byte, error) {
@@ -160,33 +157,6 @@ func (a *Authority) Issue(names []string) ([]byte, error) {
 	}
 	data, err := bundle(key, der)
 	return append(data, a.CertificatePEM()...), err
-}
-
-// Names are what a server that listens on some host can be reached by, for ServerTLS: the host itself, or where that is every interface ("", 0.0.0.0, ::) this machine's name
-// and addresses; and loopback.
-func Names(host string) ([]string, error) {
-	names := []string{"localhost", "127.0.0.1", "::1"}
-	if ip := net.ParseIP(host); host != "" && (ip == nil || !ip.IsUnspecified()) {
-		if !slices.Contains(names, host) {
-			names = append([]string{host}, names...)
-		}
-		return names, nil
-	}
-	name, err := os.Hostname()
-	if err != nil {
-		return nil, err
-	}
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil, err
-	}
-	names = append([]string{name}, names...)
-	for _, a := range addrs {
-		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() && !slices.Contains(names, n.IP.String()) {
-			names = append(names, n.IP.String())
-		}
-	}
-	return names, nil
 }
 
 // ServerTLS returns the settings of a TLS server that shows this authority's certificate for some names and addresses. The certificate is kept in the directory, made

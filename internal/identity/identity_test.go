@@ -27,7 +27,10 @@ func must[T any](t *testing.T) func(T, error) T {
 // shake does a TLS handshake with a server of these settings, by a client that trusts one file's authorities, and returns the certificate shown.
 func shake(t *testing.T, server *tls.Config, ca, name string) (*x509.Certificate, error) {
 	t.Helper()
-	pool := must[*x509.CertPool](t)(ClientPool(ca))
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(must[[]byte](t)(os.ReadFile(ca))) {
+		t.Fatalf("%s holds no certificate", ca)
+	}
 	a, b := net.Pipe()
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -53,23 +56,23 @@ func TestAuthority(t *testing.T) {
 	names := []string{"node1.example", "192.0.2.7", "::1", "0:0:0:0:0:0:0:1", "node1.example"} // twice is no reason for another certificate
 	cfg := must[*tls.Config](t)(a.ServerTLS(names))
 	for _, name := range names {
-		if _, err := shake(t, cfg, a.CertificateFile(), name); err != nil {
+		if _, err := shake(t, cfg, a.path(caFile), name); err != nil {
 			t.Errorf("as %s: %v", name, err)
 		}
 	}
 	var host x509.HostnameError
-	if _, err := shake(t, cfg, a.CertificateFile(), "elsewhere.example"); !errors.As(err, &host) {
+	if _, err := shake(t, cfg, a.path(caFile), "elsewhere.example"); !errors.As(err, &host) {
 		t.Errorf("as another name: %v", err)
 	}
 	other := must[*Authority](t)(OpenAuthority(t.TempDir(), nil))
 	var unknown x509.UnknownAuthorityError
-	if _, err := shake(t, cfg, other.CertificateFile(), "node1.example"); !errors.As(err, &unknown) {
+	if _, err := shake(t, cfg, other.path(caFile), "node1.example"); !errors.As(err, &unknown) {
 		t.Errorf("with another authority: %v", err)
 	}
-	first := must[*x509.Certificate](t)(shake(t, cfg, a.CertificateFile(), "node1.example"))
+	first := must[*x509.Certificate](t)(shake(t, cfg, a.path(caFile), "node1.example"))
 	if again := must[*Authority](t)(OpenAuthority(dir, nil)); !again.cert.Equal(a.cert) {
 		t.Error("opened again it is another authority")
-	} else if c := must[*x509.Certificate](t)(shake(t, must[*tls.Config](t)(again.ServerTLS(names)), a.CertificateFile(), "node1.example")); !c.Equal(first) {
+	} else if c := must[*x509.Certificate](t)(shake(t, must[*tls.Config](t)(again.ServerTLS(names)), a.path(caFile), "node1.example")); !c.Equal(first) {
 		t.Error("opened again it issued another certificate for the same names")
 	}
 	for name, want := range map[string]os.FileMode{"": 0o700, authorityFile: 0o600, serverFile: 0o600, caFile: 0o644} {
@@ -177,15 +180,6 @@ func TestBadFiles(t *testing.T) {
 	if _, err := OpenAuthority(dir, func() time.Time { return future }); !errors.Is(err, ErrFile) {
 		t.Errorf("an authority that has ended: %v", err)
 	}
-	if _, err := ClientPool(name + "x"); !errors.Is(err, os.ErrNotExist) {
-		t.Error(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "x"), []byte("no PEM"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ClientPool(filepath.Join(dir, "x")); !errors.Is(err, ErrFile) {
-		t.Error(err)
-	}
 }
 
 // TestServerTLSFollowsFiles replaces a certificate's files under a running server: new connections see the new one, a broken pair changes nothing.
@@ -207,7 +201,7 @@ func TestServerTLSFollowsFiles(t *testing.T) {
 	one, two := must[[]byte](t)(a.Issue([]string{"n"})), must[[]byte](t)(a.Issue([]string{"n"}))
 	put(one, one)
 	cfg := must[*tls.Config](t)(ServerTLS(f))
-	shown := func() *x509.Certificate { return must[*x509.Certificate](t)(shake(t, cfg, a.CertificateFile(), "n")) }
+	shown := func() *x509.Certificate { return must[*x509.Certificate](t)(shake(t, cfg, a.path(caFile), "n")) }
 	first := shown()
 	put(one, two) // half-way through a replacement
 	if !shown().Equal(first) || len(told) != 1 || !errors.Is(told[0], ErrFile) {
@@ -272,20 +266,5 @@ func TestToken(t *testing.T) {
 	}
 	if _, _, err := NewToken(strings.NewReader("short")); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Error(err)
-	}
-}
-
-// TestNames names the host that was given, or all that this machine has.
-func TestNames(t *testing.T) {
-	for host, want := range map[string]string{"192.0.2.1": "192.0.2.1", "node1.example": "node1.example", "127.0.0.1": "localhost"} {
-		if got := must[[]string](t)(Names(host)); got[0] != want || !strings.Contains(strings.Join(got, " "), "127.0.0.1") {
-			t.Errorf("%s: %v", host, got)
-		}
-	}
-	name := must[string](t)(os.Hostname())
-	for _, host := range []string{"", "0.0.0.0", "::"} {
-		if got := must[[]string](t)(Names(host)); got[0] != name || len(got) < 4 {
-			t.Errorf("%q: %v", host, got)
-		}
 	}
 }

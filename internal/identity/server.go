@@ -2,7 +2,6 @@ package identity
 
 import (
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
@@ -106,17 +105,4 @@ func (r *reloader) read() (*tls.Certificate, error) {
 		return nil, fmt.Errorf("%s and %s: %w: %w", r.files.CertFile, r.files.KeyFile, ErrFile, err)
 	}
 	return &c, nil
-}
-
-// ClientPool reads the authorities that a client trusts, from a PEM file, and nothing else: not the system's. ErrFile if it holds no certificate.
-func ClientPool(file string) (*x509.CertPool, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(data) {
-		return nil, fmt.Errorf("%s: %w: a certificate in PEM is wanted", file, ErrFile)
-	}
-	return pool, nil
 }

@@ -140,7 +140,7 @@ func TestConvertsWhatWasEncoded(t *testing.T) {
 			t.Fatal(err)
 		}
 		dst := newMemDevice(make([]byte, dev.Size()))
-		digest, err := Convert(t.Context(), dst, dev, ConvertOptions{})
+		digest, err := convert(t.Context(), dst, dev, nil)
 		if err != nil || !bytes.Equal(dst.b, content) {
 			t.Fatalf("%+v: %v", o, err)
 		}

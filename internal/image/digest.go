@@ -36,29 +36,6 @@ func Digest(ctx context.Context, dev block.Device) (string, error) {
 	return d, nil
 }
 
-// ConvertOptions has what Convert may be told; the zero value will do.
-type ConvertOptions struct {
-	// Progress, if not nil, is called now and then with how far the work is, never backwards, from one goroutine at a time.
-	Progress func(doneBytes int64)
-}
-
-// Convert copies src into dst, which reads as zero everywhere and has the same size, and returns src's digest, made in the same pass. Units
-// that are all zeroes are not written, so that dst stays as sparse as it can be. dst is not flushed. After an error dst holds any part of src.
-func Convert(ctx context.Context, dst, src block.Device, o ConvertOptions) (string, error) {
-	if dst.Size() != src.Size() {
-		return "", fmt.Errorf("convert: the target has %d bytes, the source %d: %w", dst.Size(), src.Size(), block.ErrRange)
-	}
-	c := converter{dst: dst, size: src.Size(), stride: chunkBytes, fill: fillFrom(src), progress: o.Progress}
-	if img, ok := src.(*Image); ok {
-		c.stride = img.stride()
-	}
-	d, err := c.run(ctx, func(ctx context.Context, emit emitter) error { return feedDevice(src, c.stride, emit) })
-	if err != nil {
-		return "", fmt.Errorf("convert: %w", err)
-	}
-	return d, nil
-}
-
 // converter moves a disk's content through a pipeline: a feeder says which strides may hold data, in order; workers fill,
 // hash and write them in any order; a collector puts the hashes together in order. Memory is a few strides a worker.
 type converter struct {

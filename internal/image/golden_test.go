@@ -85,7 +85,7 @@ func TestGolden(t *testing.T) {
 				checkWitness(t, file, want[:info.VirtualBytes])
 			}
 			dst := newMemDevice(make([]byte, dev.Size()))
-			digest, err := Convert(context.Background(), dst, dev, ConvertOptions{})
+			digest, err := convert(context.Background(), dst, dev, nil)
 			if err != nil || !bytes.Equal(dst.b, want) {
 				t.Fatalf("convert: %v", err)
 			}

@@ -35,8 +35,12 @@ type httpBody struct {
 	resume resume
 }
 
-// openURL sends the request and checks the answer's head.
-func openURL(ctx context.Context, address string, o FetchOptions) (*stream, error) {
+// openURL sends the request and checks the answer's head. Proxies are taken from the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), at most 10 redirects are followed, and no Referer is sent to the new place. A
+// transfer that breaks is continued where it broke, if the server can and the file is certain to be the same (see resume.go).
+//
+// Errors, here and while it is read: ErrSource if there is no connection, the answer is not 200 with a plain body, or a broken transfer cannot be continued, ErrStalled, ErrTruncated if the body ends early, ErrTooLarge,
+// and ctx's own.
+func openURL(ctx context.Context, address string, o fetchOptions) (*stream, error) {
 	u, err := parseURL(address)
 	if err != nil {
 		return nil, err

@@ -30,7 +30,7 @@ type Request struct {
 	// Format is Auto to go by the first bytes. Files packed with gzip, xz or zstd are unpacked first, and then Format is of what is inside; only with Raw the bytes are taken as they are.
 	Format Format
 	Limits Limits
-	// IdleTimeout and RetryDelay: see FetchOptions.
+	// IdleTimeout and RetryDelay: see fetchOptions.
 	IdleTimeout, RetryDelay time.Duration
 	// Spool and SpoolName say where content is kept that cannot be converted as it arrives: qcow2 from a URL, a raw file of unknown length, what is inside of a packed file (whose length shows only at
 	// its end, and a layer has one size for ever). It must not exist, has holes where the content has zeroes, is freed as far as possible while it is converted, and is gone when Import returns.
@@ -130,7 +130,7 @@ func (im *importer) fromFile(ctx context.Context) (Result, error) {
 // fromURL reads what a server has.
 func (im *importer) fromURL(ctx context.Context) (Result, error) {
 	im.report(Progress{Phase: "fetch", TotalBytes: -1})
-	s, err := openURL(ctx, im.Source, FetchOptions{IdleTimeout: im.IdleTimeout, RetryDelay: im.RetryDelay, MaxBytes: im.limits.FileBytes, Checksum: im.Checksum})
+	s, err := openURL(ctx, im.Source, fetchOptions{IdleTimeout: im.IdleTimeout, RetryDelay: im.RetryDelay, MaxBytes: im.limits.FileBytes, Checksum: im.Checksum})
 	if err != nil {
 		return Result{}, err
 	}
@@ -176,7 +176,7 @@ func (im *importer) fromStream(ctx context.Context, s *stream, local *localFile)
 	case local != nil:
 		result, err = im.convertBeside(ctx, local, format, func(ctx context.Context) error {
 			defer s.endWith(ctx)()
-			_, err := s.copyTo(io.Discard, nil)
+			_, err := io.Copy(io.Discard, s)
 			return err
 		})
 	default:

@@ -438,25 +438,6 @@ func TestSpoolWithoutSpace(t *testing.T) {
 	}
 }
 
-// TestFetch checks the plain transfer, with a total and without.
-func TestFetch(t *testing.T) {
-	sample := rawSample()
-	base := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(sample))
-	})
-	var b bytes.Buffer
-	var last int64
-	got, err := Fetch(t.Context(), base, &b, FetchOptions{Checksum: Checksum{"sha512", sha512Hex(sample)}, Progress: func(done, total int64) {
-		if done < last || total != int64(len(sample)) {
-			t.Errorf("%d of %d", done, total)
-		}
-		last = done
-	}})
-	if err != nil || got != (Fetched{int64(len(sample)), sha512Hex(sample)}) || !bytes.Equal(b.Bytes(), sample) || last != got.Bytes {
-		t.Fatalf("%+v, %v", got, err)
-	}
-}
-
 // TestParseChecksum takes what users paste and nothing else.
 func TestParseChecksum(t *testing.T) {
 	a, b := strings.Repeat("aB", 64), strings.Repeat("01", 32)

@@ -22,8 +22,8 @@ const (
 	DefaultRetryDelay = 500 * time.Millisecond
 )
 
-// FetchOptions says how to treat a server.
-type FetchOptions struct {
+// fetchOptions says how to treat a server.
+type fetchOptions struct {
 	// IdleTimeout is how long the server may send nothing, at the start and in between; there is no limit on the whole. 0 means DefaultIdleTimeout.
 	IdleTimeout time.Duration
 	// RetryDelay: see DefaultRetryDelay, which 0 means.
@@ -32,36 +32,6 @@ type FetchOptions struct {
 	MaxBytes int64
 	// Checksum is compared at the end; the zero value matches everything.
 	Checksum Checksum
-	// Progress, if not nil, is called with what has arrived and the announced total, -1 if there is none.
-	Progress func(doneBytes, totalBytes int64)
-}
-
-// Fetched is what Fetch received.
-type Fetched struct {
-	Bytes  int64
-	SHA512 string
-}
-
-// Fetch writes what the http(s) URL holds to w, hashing it on the way. Proxies are taken from the environment (HTTP_PROXY, HTTPS_PROXY, NO_PROXY), at most 10
-// redirects are followed, and no Referer is sent to the new place. A transfer that breaks is continued where it broke, if the server can and the file is certain to be the same (see resume.go). After an
-// error w holds any prefix of the file, or, after ErrChecksum, all of it.
-//
-// Errors: ErrSource if there is no connection, the answer is not 200 with a plain body, or a broken transfer cannot be continued, ErrStalled, ErrTruncated if the body ends early, ErrTooLarge,
-// ErrChecksum, what w says, and ctx's own.
-func Fetch(ctx context.Context, address string, w io.Writer, o FetchOptions) (Fetched, error) {
-	s, err := openURL(ctx, address, o)
-	if err != nil {
-		return Fetched{}, err
-	}
-	defer s.Close()
-	done, err := s.copyTo(w, o.Progress)
-	if err != nil {
-		return Fetched{}, err
-	}
-	if err := s.sums.check(); err != nil {
-		return Fetched{}, fmt.Errorf("%s: %w", s.name, err)
-	}
-	return Fetched{Bytes: done, SHA512: s.sums.SHA512()}, nil
 }
 
 // stream is an open source, hashed as it is read.
@@ -98,28 +68,6 @@ func (s *stream) Close() error { return s.close() }
 // endWith makes a Read that waits give up when ctx ends; the result takes that back.
 func (s *stream) endWith(ctx context.Context) (stop func() bool) {
 	return context.AfterFunc(ctx, func() { s.abort(context.Cause(ctx)) })
-}
-
-// copyTo writes the rest to w.
-func (s *stream) copyTo(w io.Writer, progress func(done, total int64)) (int64, error) {
-	buf := make([]byte, 256<<10)
-	for {
-		n, err := s.Read(buf)
-		if n > 0 {
-			if _, err := w.Write(buf[:n]); err != nil {
-				return s.done, err
-			}
-			if progress != nil {
-				progress(s.done, s.total)
-			}
-		}
-		if err == io.EOF {
-			return s.done, nil
-		}
-		if err != nil {
-			return s.done, err
-		}
-	}
 }
 
 // isURL tells a URL from a path: a path never has "://" before its first slash.

@@ -206,14 +206,13 @@ func TestRot(t *testing.T) {
 		return err
 	})
 	try("sums", l.sb.Sums.Off+2*3*4, asRead)
-	damage, err := l.Scrub(context.Background())
-	if err != nil || len(damage) != 0 {
-		t.Errorf("scrub of a sound layer: %v %v", damage, err)
+	if list, err := Check(t.Context(), mem, []string{"l0"}); err != nil || len(list) != 0 {
+		t.Errorf("a sound layer: Check finds %v, %v", list, err)
 	}
-	_, err = l.f.WriteAt([]byte{1}, l.sb.Data.Off+4*unitBytes)
+	_, err := l.f.WriteAt([]byte{1}, l.sb.Data.Off+4*unitBytes)
 	must(t, err)
-	if damage, err = l.Scrub(context.Background()); err != nil || len(damage) != 1 || damage[0] != (Damage{4 * unitBytes, unitBytes}) {
-		t.Errorf("scrub: %v %v", damage, err)
+	if list, err := Check(t.Context(), mem, []string{"l0"}); err != nil || len(list) != 1 || list[0].Unit != 4 || list[0].Units != 1 {
+		t.Errorf("a damaged unit: Check finds %v, %v", list, err)
 	}
 	must(t, l.Close())
 }

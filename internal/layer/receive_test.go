@@ -144,8 +144,8 @@ func TestReceive(t *testing.T) {
 					t.Errorf("layer %d is not what the original is", i)
 				}
 				if g.Sums {
-					if bad, err := got.Scrub(t.Context()); err != nil || len(bad) > 0 {
-						t.Errorf("layer %d: scrub finds %v (%v)", i, bad, err)
+					if bad, err := Check(t.Context(), cut, []string{name}); err != nil || len(bad) > 0 {
+						t.Errorf("layer %d: Check finds %v (%v)", i, bad, err)
 					}
 				} else if _, err := stack.WriteAt(make([]byte, unitBytes), 0); err != nil {
 					t.Errorf("the head takes no write: %v", err)

@@ -335,7 +335,7 @@ func TestBeyondLoopback(t *testing.T) {
 	if err := os.WriteFile(file, []byte(made.Token+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	good := Options{TokenFile: file, CAFile: authority.CertificateFile()}
+	good := Options{TokenFile: file, CAFile: filepath.Join(dir, "identity", "ca.crt")}
 	about := func(address string, o Options) error {
 		c, err := Open(address, o)
 		if err != nil {
@@ -419,9 +419,6 @@ func TestVerbs(t *testing.T) {
 	}
 	op := catalog.Operation{ID: "1", Volume: "db1", Verb: catalog.VerbExport, State: catalog.OperationRunning, Progress: 40}
 	put(w, catalog.OperationKey("db1", "1"), op)
-	if ops, err := c.Operations(ctx, "db1"); err != nil || len(ops) != 1 || ops[0].ID != "db1/1" {
-		t.Errorf("%+v %v", ops, err)
-	}
 	var seen []int
 	op.State, op.Progress = catalog.OperationDone, 100
 	done, err := c.WaitOperation(ctx, "db1/1", func(now api.Operation) {
@@ -443,8 +440,5 @@ func TestVerbs(t *testing.T) {
 	}
 	if v, err := c.CreateVolume(ctx, NewVolume{Name: "x", Size: "1Gi", Copies: 1, Frontend: "blockdev", Limits: LimitChange{IOPS: "7"}}); err != nil || v.Frontend != "blockdev" || v.Limits.IOPS != 7 {
 		t.Errorf("%+v %v", v, err)
-	}
-	if doc, err := c.OpenAPI(ctx); err != nil || !bytes.Contains(doc, []byte(`"3.1.0"`)) {
-		t.Errorf("%.100s %v", doc, err)
 	}
 }

@@ -3,9 +3,7 @@ package client
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"net/http"
-	"net/url"
 	"time"
 
 	"ashlar/internal/api"
@@ -336,15 +334,6 @@ func (c *Client) ExportFile(ctx context.Context, volume string, n NewExport) (ap
 	return one[api.Operation](ctx, c, http.MethodPost, at("volumes", volume, "exportFile"), n)
 }
 
-// Operations lists the operations of a volume ("": of all), oldest first.
-func (c *Client) Operations(ctx context.Context, volume string) ([]api.Operation, error) {
-	path := "/v1/operations"
-	if volume != "" {
-		path += "/" + url.PathEscape(volume)
-	}
-	return list[api.Operation](ctx, c, http.MethodGet, path)
-}
-
 // Operation gets one by its id, VOLUME/ID. CodeNotFound also an hour after it was done.
 func (c *Client) Operation(ctx context.Context, id string) (api.Operation, error) {
 	return one[api.Operation](ctx, c, http.MethodGet, "/v1/operations/"+id, nil)
@@ -397,9 +386,4 @@ func (c *Client) Tokens(ctx context.Context) ([]api.Token, error) {
 // DeleteToken makes a token invalid.
 func (c *Client) DeleteToken(ctx context.Context, name string) error {
 	return c.call(ctx, http.MethodDelete, at("tokens", name, ""), nil, nil)
-}
-
-// OpenAPI gets the description of the interface, OpenAPI 3.1 in JSON.
-func (c *Client) OpenAPI(ctx context.Context) (json.RawMessage, error) {
-	return one[json.RawMessage](ctx, c, http.MethodGet, "/v1/openapi.json", nil)
 }

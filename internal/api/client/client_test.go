@@ -64,7 +64,7 @@ func TestStory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	ok(c.WaitReady(ctx))
+	ok(until(ctx, func() (bool, error) { return c.Ready(ctx) == nil, nil }))
 	about, err := c.About(ctx)
 	ok(err)
 	if about.Node != "n1" || about.Version != "v1" {

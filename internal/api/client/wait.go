@@ -133,8 +133,3 @@ func gone(err error) (bool, error) {
 	}
 	return false, err
 }
-
-// WaitReady waits until the node answers that it is ready.
-func (c *Client) WaitReady(ctx context.Context) error {
-	return until(ctx, func() (bool, error) { return c.Ready(ctx) == nil, nil })
-}

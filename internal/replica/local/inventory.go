@@ -2,7 +2,6 @@ package local
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -356,13 +355,4 @@ func rebuild(heads []header) (state, error) {
 		return st, fmt.Errorf("%w: %w", block.ErrCorrupt, err)
 	}
 	return st, nil
-}
-
-// Dump returns a replica's record as indented JSON, for people.
-func Dump(fsys disk.FS, dir string) ([]byte, error) {
-	st, err := readRecord(fsys, dir)
-	if err != nil {
-		return nil, fmt.Errorf("dump replica %s: %w", dir, err)
-	}
-	return json.MarshalIndent(st, "", "  ")
 }

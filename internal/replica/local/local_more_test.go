@@ -491,8 +491,10 @@ func TestUnknownFields(t *testing.T) {
 	l.must(f.Close(), "close")
 	l.open(replica.Writer{Epoch: 2, Session: 1})
 	l.close()
-	text, err := local.Dump(l.fsys, l.dir)
-	l.must(err, "dump")
+	f, err = l.fsys.OpenRead(l.dir + "/replica")
+	l.must(err, "open")
+	text, _, err := disk.OpenSlots(f, 0, 512<<10).Load()
+	l.must(errors.Join(err, f.Close()), "load")
 	var got struct {
 		Later  struct{ A []int }
 		Writer replica.Writer
