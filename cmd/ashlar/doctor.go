@@ -250,6 +250,9 @@ func (a *app) lookAtNode(ctx context.Context) []finding {
 	defer c.Close()
 	s, err := readStatus(ctx, c)
 	switch {
+	case api.CodeOf(err) == api.CodeUnreachable && s.About.Node != "":
+		return []finding{problem(fmt.Sprintf("node %s answers, and the catalogue does not: %v", s.About.Node, err),
+			"most of those who keep it must be up and reached; if they will never be: the runbook on a lost majority, docs/operate/cluster.md. Guests' I/O does not depend on it")}
 	case api.CodeOf(err) == api.CodeUnreachable:
 		return []finding{problem(fmt.Sprintf("the node does not answer: %v", err), "systemctl start ashlar, or `ashlar serve`; journalctl -u ashlar says why it ended. Guests' I/O does not depend on it")}
 	case err != nil:

@@ -7,13 +7,18 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"math/big"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"ashlar/internal/api"
+	"ashlar/internal/api/client"
+	"ashlar/internal/catalog"
 )
 
 // TestCertificates: doctor tells of those that end soon, ended, begin later, or are none.
@@ -105,5 +110,41 @@ func TestMembers(t *testing.T) {
 	}
 	if f := lookAtVersions(mixed[:1]); len(f) != 0 {
 		t.Errorf("%+v", f)
+	}
+}
+
+// TestDoctorWithoutCatalogue: doctor tells a node whose catalogue is away from one that does not run, and says the reason once.
+func TestDoctorWithoutCatalogue(t *testing.T) {
+	dir := t.TempDir()
+	a := newApp(nil, nil, func(string) string { return "" })
+	a.server, a.output = "unix://"+client.Socket(dir), "table"
+	looks := func() finding {
+		t.Helper()
+		found := a.lookAtNode(t.Context())
+		if len(found) != 1 || found[0].Level != levelProblem {
+			t.Fatalf("%+v", found)
+		}
+		return found[0]
+	}
+	if f := looks(); !strings.HasPrefix(f.What, "the node does not answer") || !strings.Contains(f.Do, "systemctl start ashlar") {
+		t.Errorf("nobody listens: %+v", f)
+	}
+	l, err := net.Listen("unix", client.Socket(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mem := catalog.NewMem()
+	mem.Close()
+	srv := &http.Server{Handler: api.New(api.Config{Catalog: mem, Node: "n1", Version: version, Extra: &extra{}, OperationTimeout: time.Second})}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer srv.Close()
+	wg.Go(func() { _ = srv.Serve(l) })
+	f := looks()
+	if !strings.HasPrefix(f.What, "node n1 answers, and the catalogue does not: ") || strings.Contains(f.Do, "start") || !strings.Contains(f.Do, "majority") {
+		t.Errorf("the catalogue is away: %+v", f)
+	}
+	if n := strings.Count(f.What, "the catalogue did not answer"); n != 1 {
+		t.Errorf("the reason is said %d times: %s", n, f.What)
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -80,7 +79,12 @@ func readStatus(ctx context.Context, c *client.Client) (s status, err error) {
 	for _, n := range o.Nodes {
 		s.Nodes = append(s.Nodes, n.Node)
 	}
-	return s, errors.Join(failed[:]...)
+	for _, err := range failed { // of several the first: mostly they fail for one reason
+		if err != nil {
+			return s, err
+		}
+	}
+	return s, nil
 }
 
 // showStatus prints what needs attention first, then what there is.

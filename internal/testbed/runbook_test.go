@@ -491,8 +491,8 @@ func (w *crowd) runLostMajority() {
 		_, err := one.p.Text(w.ctx, "setting", "set", "replica-auto-balance", "disabled")
 		return err != nil
 	})
-	_, err := one.p.Text(w.ctx, "status")
-	w.Logf("%v\n%s", err, one.doctor())
+	w.Log(one.refused(exitUnreachable, []string{"the catalogue did not answer", "connection refused"}, "status"))
+	one.says(one.doctor(), "node node1 answers, and the catalogue does not")
 	four.qemuIO("kept", "read -P 1 0 4M", "write -P 2 0 4M", "flush")
 	one.refused(exitConflict, []string{"serve"}, "cluster", "rescue", "--others-are-lost", "--data-dir", one.p.DataDir)
 	one.stopServe()
