@@ -78,7 +78,7 @@ func exitCode(ctx context.Context, err error) int {
 		return exitConflict
 	case errors.Is(err, fs.ErrExist) && api.CodeOf(err) == api.CodeInternal: // a file here, that is never written over
 		return exitConflict
-	case errors.Is(err, node.ErrConfig), errors.Is(err, errConfig):
+	case errors.Is(err, node.ErrConfig), errors.Is(err, errConfig), errors.Is(err, node.ErrFormat):
 		return exitRefused
 	case errors.Is(err, errProblems):
 		return exitProblems

@@ -71,6 +71,8 @@ var (
 	ErrConfig = errors.New("bad configuration")
 	// ErrInUse: another `ashlar serve` has the data directory, or the run directory.
 	ErrInUse = errors.New("the directory is in use by another ashlar serve")
+	// ErrFormat: the catalogue is of a later version. Nothing was changed.
+	ErrFormat = agent.ErrFormat
 )
 
 func (c *Config) check() error {

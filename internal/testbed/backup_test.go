@@ -3,10 +3,16 @@
 package testbed_test
 
 import (
+	"bytes"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"ashlar/internal/catalog"
+	"ashlar/internal/testbed"
 )
 
 // TestBackupOfTheCatalogue restores a backup from before volumes were opened and written: settings and labels are back, such a volume is refused with the reason and what
@@ -46,6 +52,7 @@ func TestBackupOfTheCatalogue(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.refused(exitRefused, []string{"not a backup"}, "cluster", "restore", "--data-dir", b.p.DataDir, b.path("half.json"))
+	b.later(text)
 	b.loseCatalogue()
 	b.cli("cluster", "restore", "--data-dir", b.p.DataDir, file)
 	b.cli("cluster", "restore", "--data-dir", b.p.DataDir, file) // as after an interruption
@@ -80,4 +87,27 @@ func TestBackupOfTheCatalogue(t *testing.T) {
 	if left, _ := filepath.Glob(b.p.DataDir + "/etcd/*.tmp"); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
+}
+
+// later has a second node start on a catalogue that a later version wrote: it is refused, with what to do, and the catalogue is as it was.
+func (b *bed) later(backup []byte) {
+	b.Helper()
+	format := func(n int) []byte { return fmt.Appendf(nil, `"format":%d,"created"`, n) } // of the cluster's record; the document has its own
+	text := bytes.Replace(backup, format(catalog.Format), format(catalog.Format+1), 1)
+	if bytes.Equal(text, backup) {
+		b.Fatalf("no format in %s", backup)
+	}
+	if err := os.WriteFile(b.path("later.json"), text, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	second := &testbed.Process{Bin: b.p.Bin, DataDir: b.path("later"), RunDir: b.path("lrun")}
+	b.cli("cluster", "restore", "--data-dir", second.DataDir, b.path("later.json"))
+	for range 2 {
+		_, err := second.Text(b.ctx, "serve", "--data-dir", second.DataDir, "--run-dir", second.RunDir, "--listen", "none", "--name", "node1")
+		e, ok := errors.AsType[*testbed.CommandError](err)
+		if !ok || e.Code != exitRefused || !strings.Contains(e.Stderr, "newer than this build") || !strings.Contains(e.Stderr, "install") {
+			b.Errorf("serve on a catalogue of a later version: %v", err)
+		}
+	}
+	_ = second.Stop(b.ctx) // its holder and data process go on, because guests may be on them
 }
