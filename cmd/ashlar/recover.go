@@ -51,6 +51,9 @@ nothing more. What only the catalogue knew (labels, settings) is gone. A copy of
 				if len(rows) > 1 {
 					a.table(rows)
 				}
+				if rep.Guessed && len(rep.Volumes) > 0 {
+					a.say("no record says what this node is called: %s is a guess. If `ashlar serve` has another name, move %s away and run this again with --name.", rep.Node, filepath.Join(cfg.DataDir, "etcd"))
+				}
 				a.say("node %s: recovered %d volumes and %d images; %d records were up to date. Start `ashlar serve` now.", rep.Node, len(rep.Volumes), len(rep.Images), rep.Unchanged)
 			})
 		},

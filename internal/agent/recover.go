@@ -42,6 +42,7 @@ type RecoverDisk struct {
 type Recovered struct {
 	Cluster   string   `json:"cluster"`
 	Node      string   `json:"node"`    // whose disks they are
+	Guessed   bool     `json:"guessed"` // nobody said what the node is called, and no record does
 	Volumes   []string `json:"volumes"` // recovered, by name
 	Images    []string `json:"images"`
 	Advanced  []string `json:"advanced"`  // volumes whose membership record was older than their replicas
@@ -244,6 +245,7 @@ func (r *recovery) nodeName() {
 	if r.guessed && len(names) == 1 && !names[""] {
 		r.node = slices.Collect(maps.Keys(names))[0]
 	}
+	r.done.Guessed = r.guessed && !names[r.node]
 	r.done.Node = r.node
 }
 

@@ -113,8 +113,10 @@ func TestRecoverNeverOpened(t *testing.T) {
 		cluster := w.clusterID()
 		old, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "v"))
 		w.lose()
-		r, err := w.recover(w.mem, cluster)
-		w.want("recovered", err == nil && slices.Equal(r.Volumes, []string{"v"}), r, err)
+		r, err := agent.Recover(t.Context(), agent.RecoverConfig{
+			Node: node, Guessed: true, Catalog: w.mem, Service: w.host.proc, Disks: []agent.RecoverDisk{{Name: "default", Path: "/disks/default", ClusterID: cluster}},
+		})
+		w.want("recovered", err == nil && slices.Equal(r.Volumes, []string{"v"}) && r.Guessed && r.Node == node, r, err) // no record says what the node is called
 		v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "v"))
 		w.want("its image", v.ImageID == old.ImageID && v.Image == "debian", v)
 		m, _ := get[catalog.Membership](w, catalog.MembershipKey(v.ID))
@@ -195,7 +197,7 @@ func TestRecoverGuessesTheName(t *testing.T) {
 				Node: tc.name, Guessed: tc.guessed, Catalog: w.mem, Service: s, Disks: []agent.RecoverDisk{{Name: "default", Path: "/disks/default", ClusterID: cluster}},
 			})
 			v, _ := get[catalog.VolumeWanted](w, catalog.VolumeKey(catalog.Wanted, "a"))
-			w.want("named", err == nil && r.Node == tc.want && v.Replicas[0].Node == tc.want, tc, r, err, v)
+			w.want("named", err == nil && r.Node == tc.want && !r.Guessed && v.Replicas[0].Node == tc.want, tc, r, err, v)
 		}
 	})
 }
