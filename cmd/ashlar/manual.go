@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,8 +21,26 @@ func (a *app) manualCommand() *cobra.Command {
 			}
 			root := cmd.Root()
 			root.DisableAutoGenTag = true
+			forPaper(root)
 			day := time.Unix(0, 0).UTC() // the same pages from the same source
 			return doc.GenManTree(root, &doc.GenManHeader{Title: "ASHLAR", Section: "1", Source: "ashlar " + version, Manual: "Ashlar", Date: &day}, args[0])
 		},
+	}
+}
+
+// forPaper makes the help of a command and of those below it fit for a page: lines that are to stand as they are stay so, and what this machine is called is nobody's default.
+func forPaper(cmd *cobra.Command) {
+	lines := strings.Split(cmd.Long, "\n")
+	for i, line := range lines {
+		if strings.HasPrefix(line, "  ") {
+			lines[i] = "    " + line
+		}
+	}
+	cmd.Long = strings.Join(lines, "\n")
+	if name := cmd.Flags().Lookup("name"); name != nil && name.DefValue == hostname() {
+		name.DefValue = "this machine's name"
+	}
+	for _, below := range cmd.Commands() {
+		forPaper(below)
 	}
 }
