@@ -1,17 +1,22 @@
 package etcd
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"syscall"
 	"testing"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // TestWhy asks those who do not answer as they should for their reasons: nobody listens, its authority is another, it wants another certificate, it speaks no TLS. Of one that takes connections nothing
@@ -57,4 +62,69 @@ func TestWhy(t *testing.T) {
 	if err := why(nil, "kvm1:2379"); err != nil {
 		t.Errorf("an address without a scheme: %v", err)
 	}
+}
+
+// standIn is a member that is only asked whether it answers.
+type standIn struct {
+	clientv3.KV
+	away    bool
+	cluster uint64
+}
+
+func (m *standIn) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	if m.away {
+		return nil, errors.New("away")
+	}
+	return &clientv3.GetResponse{Header: &pb.ResponseHeader{ClusterId: m.cluster}}, nil
+}
+
+// TestGoesHome: a store whose own member did not answer goes on through another, and back to its own when that has answered three times in a row, not before and not later.
+func TestGoesHome(t *testing.T) {
+	own, other := &standIn{away: true, cluster: 1}, &standIn{cluster: 1}
+	s := &Store{log: slog.New(slog.DiscardHandler), moved: make(chan struct{})}
+	s.ctx, s.cancel = context.WithCancel(t.Context())
+	r := newRouter(s, func(url string) (*clientv3.Client, error) {
+		c := clientv3.NewCtxClient(s.ctx)
+		c.KV = map[string]*standIn{"own": own, "other": other}[url]
+		return c, nil
+	}, []string{"own", "other"})
+	r.own = "own"
+	round := func(want string) {
+		t.Helper()
+		if !r.round(s.ctx) {
+			t.Fatal("nobody answers")
+		}
+		if r.using.url != want {
+			t.Fatalf("%s is used, want %s", r.using.url, want)
+		}
+		if s.route.client != r.using.client {
+			t.Fatal("calls go elsewhere")
+		}
+	}
+	round("other")
+	own.away = false
+	round("other")
+	round("other")
+	own.away = true // it begins anew
+	round("other")
+	own.away = false
+	round("other")
+	round("other")
+	own.cluster = 2 // it was left behind, and made a cluster of its own
+	round("other")
+	own.cluster = 1
+	round("other")
+	round("other")
+	round("own")
+	round("own")
+	own.away = true
+	round("other")
+	other.away = true
+	if r.round(s.ctx) {
+		t.Fatal("somebody answers")
+	}
+	own.away = false
+	round("own")
+	s.cancel()
+	s.workers.Wait()
 }

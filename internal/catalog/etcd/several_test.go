@@ -254,7 +254,11 @@ func TestLeaderDies(t *testing.T) {
 	}
 	select {
 	case <-turns:
-		t.Logf("followed after %v", time.Since(begin).Round(time.Millisecond))
+		d := time.Since(begin)
+		t.Logf("followed after %v", d.Round(time.Millisecond))
+		if d < time.Second { // what the dead one holds ends after some seconds, and not before
+			t.Errorf("another leads %v after the first one, which said nothing, died", d)
+		}
 	case <-time.After(catalog.AliveTTL + 20*time.Second):
 		t.Fatal("nobody leads")
 	}

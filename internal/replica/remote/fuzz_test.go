@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"runtime"
 	"strings"
@@ -259,7 +260,8 @@ func TestSnapshotOverBreaks(t *testing.T) {
 
 // TestLimits: more connections than there may be are closed at once.
 func TestLimits(t *testing.T) {
-	srv := NewServer(ServerConfig{Host: &host{}, MaxConns: 2, Patience: 50 * time.Millisecond})
+	var said bytes.Buffer // whoever writes it has ended when it is read
+	srv := NewServer(ServerConfig{Host: &host{}, MaxConns: 2, Patience: time.Minute, Log: slog.New(slog.NewTextHandler(&said, nil))})
 	n := newNetwork()
 	ln := n.listen()
 	done := make(chan error, 1)
@@ -275,14 +277,33 @@ func TestLimits(t *testing.T) {
 	if _, err := list[2].Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("the third of two: %v", err)
 	}
-	if _, err := list[0].Read(make([]byte, 1)); !errors.Is(err, io.EOF) { // which said nothing for too long
+	if err := errors.Join(srv.Close(), <-done); err != nil {
+		t.Fatal(err)
+	}
+	if refused := strings.Count(said.String(), "as many as there may be"); refused != 1 {
+		t.Errorf("that one of three was refused is said %d times: %s", refused, said.String())
+	}
+	if err := srv.Serve(t.Context(), n.listen()); !errors.Is(err, block.ErrClosed) {
+		t.Errorf("serve after Close: %v", err)
+	}
+}
+
+// TestPatience: a connection that does not say what it is for is ended.
+func TestPatience(t *testing.T) {
+	srv := NewServer(ServerConfig{Host: &host{}, Patience: 50 * time.Millisecond})
+	n := newNetwork()
+	ln := n.listen()
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(t.Context(), ln) }()
+	nc, err := n.dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nc.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("one that says nothing: %v", err)
 	}
 	if err := errors.Join(srv.Close(), <-done); err != nil {
 		t.Fatal(err)
-	}
-	if err := srv.Serve(t.Context(), n.listen()); !errors.Is(err, block.ErrClosed) {
-		t.Errorf("serve after Close: %v", err)
 	}
 }
 
