@@ -54,12 +54,13 @@ func options() []option {
 		{key: "data-dir", flag: "data-dir", env: "ASHLAR_DATA_DIR", value: "/var/lib/ashlar", kind: path, check: checkAbsolute, about: "Directory of the catalogue and of the first disk. Absolute."},
 		{key: "run-dir", flag: "run-dir", env: "ASHLAR_RUN_DIR", value: "/run/ashlar", kind: path, check: checkAbsolute, about: "Directory of sockets and of what belongs to one boot. Absolute and short: a socket's path has 107 bytes at most."},
 		{key: "listen", flag: "listen", env: "ASHLAR_LISTEN", value: "127.0.0.1:9500", check: checkListenAddress, about: "TCP address of the REST API, HOST:PORT; none: only the socket in run-dir. Beyond loopback it speaks TLS and asks for a token (ashlar token create)."},
+		{key: "require-token", flag: "require-token", env: "ASHLAR_REQUIRE_TOKEN", kind: boolean, value: "false", about: "Ask for a token on plain loopback too, where otherwise every user of this machine may do everything. The socket in run-dir never asks: its mode says who may open it."},
 		{key: "etcd", flag: "etcd", env: "ASHLAR_ETCD", kind: list, check: checkEndpoints, about: "Endpoints of an existing etcd. Without any, one is embedded."},
 		{key: "etcd-tls.ca", flag: "etcd-ca", env: "ASHLAR_ETCD_CA", kind: path, check: checkAbsoluteOrNone, about: "File with the authority that signed an existing etcd's certificates, PEM."},
 		{key: "etcd-tls.certificate", flag: "etcd-certificate", env: "ASHLAR_ETCD_CERTIFICATE", kind: path, check: checkAbsoluteOrNone, about: "File with the certificate that is shown to an existing etcd, PEM."},
 		{key: "etcd-tls.key", flag: "etcd-key", env: "ASHLAR_ETCD_KEY", kind: path, check: checkAbsoluteOrNone, about: "File with its private key, PEM. Needed with etcd-tls.certificate."},
-		{key: "log.level", flag: "log-level", env: "ASHLAR_LOG_LEVEL", value: "info", check: oneOf("debug", "info", "warn", "error"), about: "What is logged: debug, info, warn or error."},
-		{key: "log.format", flag: "log-format", env: "ASHLAR_LOG_FORMAT", value: "text", check: oneOf("text", "json"), about: "How: text (key=value) or json (one object a line)."},
+		{key: "log.level", flag: "log-level", env: "ASHLAR_LOG_LEVEL", value: "info", check: oneOf("debug", "info", "warn", "error"), about: "What `ashlar serve` logs: debug, info, warn or error."},
+		{key: "log.format", flag: "log-format", env: "ASHLAR_LOG_FORMAT", value: "text", check: oneOf("text", "json"), about: "How: text (key=value) or json (one object a line). The data process and the holder log text, to data.log and hold.log in run-dir."},
 		{key: "tls.certificate", flag: "tls-certificate", env: "ASHLAR_TLS_CERTIFICATE", kind: path, check: checkAbsoluteOrNone, about: "File with the certificate chain that REST shows beyond loopback, PEM. Without one, the cluster's own authority issues it: clients then need its certificate, DATA-DIR/identity/ca.crt (in a cluster DATA-DIR/cluster/ca.crt)."},
 		{key: "tls.key", flag: "tls-key", env: "ASHLAR_TLS_KEY", kind: path, check: checkAbsoluteOrNone, about: "File with its private key, PEM. Needed with tls.certificate."},
 		{key: "nbd.listen", flag: "nbd-listen", env: "ASHLAR_NBD_LISTEN", check: checkAddressOrNone, about: "TCP address at which attached volumes are offered over NBD beside their sockets, for example 127.0.0.1:10809. Beyond loopback nbd.certificate, nbd.key and nbd.client-ca are needed."},
@@ -274,13 +275,18 @@ func contradictions(cmd *cobra.Command) []string {
 	return out
 }
 
-// flag defines an option as a flag of a command.
+// define makes an option a flag of a command.
 func (o option) define(cmd *cobra.Command, into *string) {
+	cmd.Flags().StringVar(into, o.flag, o.value, o.usage())
+}
+
+// usage is what a flag's help says.
+func (o option) usage() string {
 	about := strings.TrimSuffix(o.about, ".")
 	if !strings.HasPrefix(about, "TCP") {
 		about = strings.ToLower(about[:1]) + about[1:]
 	}
-	cmd.Flags().StringVar(into, o.flag, o.value, about+" ("+o.env+")")
+	return about + " (" + o.env + ")"
 }
 
 // optionOf finds an option by its flag; one that is not there is a mistake of the program.

@@ -48,6 +48,8 @@ process stops, crashes or is upgraded. "ashlar shutdown" ends both. Every flag c
 		"nbd-client-ca": &cfg.NBD.ClientCA} {
 		optionOf(flag).define(cmd, into)
 	}
+	o := optionOf("require-token")
+	cmd.Flags().BoolVar(&cfg.RequireToken, o.flag, false, o.usage())
 	external = etcdFlags(cmd, &cfg)
 	return cmd
 }

@@ -43,6 +43,8 @@ type Config struct {
 	RunDir string
 	// Listen is REST's TCP address; empty: only <run-dir>/api.sock. Beyond loopback it speaks TLS and asks for tokens.
 	Listen string
+	// RequireToken has REST ask for tokens on plain loopback too.
+	RequireToken bool
 	// TLSCertificate and TLSKey are files of what REST shows, then on loopback too; empty: beyond loopback the cluster's own authority (<data-dir>/identity) issues it.
 	TLSCertificate, TLSKey string
 	// NBD is where volumes are offered over TCP; the zero value: nowhere.
@@ -213,7 +215,7 @@ func (n *Node) handler(cat catalog.Catalog, ag *agent.Agent) *api.Handler {
 	}
 	return api.New(api.Config{
 		Catalog: cat, Extra: ag, Node: n.cfg.Name, Version: n.cfg.Version, Frontend: frontend, CodeOf: codeOf, Now: n.cfg.Now, Log: n.cfg.Log,
-		Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf, CanEvict: canEvict(cat),
+		RequireToken: n.cfg.RequireToken, Cluster: membership{n, cat}, Forward: n.forward(cat), NodeOf: nodeOf, CanEvict: canEvict(cat),
 	})
 }
 

@@ -441,3 +441,40 @@ func (b *bed) badProcesses() {
 		b.Errorf("volume v: %+v", v)
 	}
 }
+
+// TestRequireToken: asked for, a token is wanted on plain loopback too, and not on the socket.
+func TestRequireToken(t *testing.T) {
+	b := newBed(t)
+	get := func(token string) int {
+		t.Helper()
+		req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, "http://"+b.p.Listen+"/v1/volumes", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token != "" {
+			req.Header.Set("Authorization", "Bearer "+token)
+		}
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		return res.StatusCode
+	}
+	if got := get(""); got != http.StatusOK {
+		t.Errorf("not asked for: %d", got)
+	}
+	if err := b.p.KillServe(); err != nil {
+		t.Fatal(err)
+	}
+	b.p.Args = []string{"--require-token"}
+	if err := b.p.StartServe(b.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if got := get(""); got != http.StatusUnauthorized {
+		t.Errorf("without a token: %d", got)
+	}
+	if got := get(strings.TrimSpace(b.cli("token", "create", "mine"))); got != http.StatusOK {
+		t.Errorf("with one: %d", got)
+	}
+}
