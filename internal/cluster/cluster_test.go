@@ -1186,16 +1186,31 @@ func TestParseAddress(t *testing.T) {
 	}
 }
 
+// manyDisks is so many of a joiner's, each with a comma after it.
+func manyDisks(n int) string {
+	var text strings.Builder
+	for i := range n {
+		fmt.Fprintf(&text, `"d%d":{},`, i)
+	}
+	return text.String()
+}
+
 // FuzzJoinRequest reads anything as a request to join; what passes the checks can be put into records and certificates.
 func FuzzJoinRequest(f *testing.F) {
 	f.Add([]byte(`{"secret":"s","name":"n2","nodeID":"11111111111111111111111111111111","request":"x","host":"192.0.2.1","port":9510,"disks":{"default":{"path":"/d"}},"time":"2026-01-02T03:04:05Z"}`))
 	f.Add([]byte(`{"host":"::1","port":-1}`))
 	f.Add([]byte(`{} {}`))
 	f.Add([]byte(`{"name":"\u0000/x"}`))
+	for _, long := range []string{`"secret":"` + strings.Repeat("s", 101) + `"`, `"zone":"` + strings.Repeat("z", 101) + `"`, `"disks":{` + strings.TrimSuffix(manyDisks(maxDisks+1), ",") + `}`} {
+		f.Add([]byte(`{"name":"n2","nodeID":"11111111111111111111111111111111","host":"192.0.2.1","port":9510,` + long + `}`))
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var in joinRequest
 		if parse(data, &in) != nil || in.check() != nil {
 			return
+		}
+		if len(in.Secret) > 100 || len(in.Zone) > 100 || len(in.Disks) > maxDisks {
+			t.Errorf("a secret of %d bytes, a zone of %d, %d disks", len(in.Secret), len(in.Zone), len(in.Disks))
 		}
 		if err := catalog.NodeKey(catalog.Wanted, in.Name).Check(); err != nil {
 			t.Error(err)
