@@ -46,7 +46,7 @@ type Sighting struct {
 	Status    replica.Status
 }
 
-// NewRecord is a volume's first record: no writer yet, all members in sync because all are empty.
+// NewRecord is a volume's first record, as the control plane makes it (plan.firstMembership): no writer yet, all members in sync because all are empty. Tests of the data path begin with it.
 func NewRecord(volumeID string, members []replica.Member, chain replica.Chain, now time.Time) replica.Record {
 	rec := replica.Record{VolumeID: volumeID, Generation: 1, Members: slices.Clone(members), Chain: chain, LastChange: now.UTC()}
 	for i := range rec.Members {
