@@ -8,6 +8,12 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// checked is a configuration file that is in order.
+type checked struct {
+	File   string `json:"file"`
+	Exists bool   `json:"exists"` // false: there is none, and defaults hold
+}
+
 // configCommand shows, explains and checks the configuration.
 func (a *app) configCommand() *cobra.Command {
 	// They read the configuration themselves: a wrong one is what they are for.
@@ -21,8 +27,7 @@ func (a *app) configCommand() *cobra.Command {
 				path = args[0]
 			}
 			if _, err := configFile(path); errors.Is(err, fs.ErrNotExist) && path == defaultConfig {
-				a.say("there is no %s: defaults hold", path)
-				return nil
+				return a.print(checked{File: path}, func() { a.say("there is no %s: defaults hold", path) })
 			} else if err != nil {
 				return notThere(err)
 			}
@@ -34,8 +39,7 @@ func (a *app) configCommand() *cobra.Command {
 			if err := probe.configure(serve); err != nil {
 				return err
 			}
-			a.say("%s is in order", path)
-			return nil
+			return a.print(checked{File: path, Exists: true}, func() { a.say("%s is in order", path) })
 		},
 	}
 	example := &cobra.Command{
