@@ -76,10 +76,19 @@ type fioSide struct {
 // working is the working set: the first 512 MiB of the disk, read once before anything is measured.
 const working = "512M"
 
-// fio runs one load against an NBD URI for some seconds and charges the CPU time of the server's process.
+// onto is what makes fio reach an NBD URI, or a block device.
+func onto(uri string) []string {
+	if strings.HasPrefix(uri, "/dev/") {
+		return []string{"--ioengine=io_uring", "--direct=1", "--filename=" + uri}
+	}
+	return []string{"--ioengine=nbd", "--uri=" + uri}
+}
+
+// fio runs one load against an NBD URI or a block device for some seconds and charges the CPU time of the server's process.
 func fio(ctx context.Context, uri string, pid int, l load, seconds int) (measure, error) {
-	args := []string{"--name=bench", "--ioengine=nbd", "--uri=" + uri, "--rw=" + l.rw, "--bs=" + l.bs, "--iodepth=" + strconv.Itoa(l.depth),
-		"--size=" + working, "--time_based", "--runtime=" + strconv.Itoa(seconds), "--norandommap", "--randrepeat=0", "--output-format=json"}
+	args := append([]string{"--name=bench"}, onto(uri)...)
+	args = append(args, "--rw="+l.rw, "--bs="+l.bs, "--iodepth="+strconv.Itoa(l.depth),
+		"--size="+working, "--time_based", "--runtime="+strconv.Itoa(seconds), "--norandommap", "--randrepeat=0", "--output-format=json")
 	if l.fsync > 0 {
 		args = append(args, "--fsync="+strconv.Itoa(l.fsync))
 	}
@@ -116,7 +125,7 @@ func fio(ctx context.Context, uri string, pid int, l load, seconds int) (measure
 // prefill writes the working set with bytes that do not compress and reads it once.
 func prefill(ctx context.Context, uri string) error {
 	for _, rw := range []string{"write", "read"} {
-		out, err := exec.CommandContext(ctx, "fio", "--name=fill", "--ioengine=nbd", "--uri="+uri, "--rw="+rw, "--bs=1M", "--iodepth=4", "--size="+working, "--end_fsync=1").CombinedOutput()
+		out, err := exec.CommandContext(ctx, "fio", append(onto(uri), "--name=fill", "--rw="+rw, "--bs=1M", "--iodepth=4", "--size="+working, "--end_fsync=1")...).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("fio fill %s: %w: %s", uri, err, out)
 		}

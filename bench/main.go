@@ -84,6 +84,7 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 	defer func() { err = errors.Join(err, b.node.Stop(context.WithoutCancel(ctx))) }()
 	sections := []section{{name: "idle", run: b.idle}, {name: "create", run: b.create}, {name: "cache", run: b.cache}, {name: "direct", run: b.direct}, {name: "flush", run: b.flush},
 		{name: "snapshot", run: b.snapshot}, {name: "depth", run: b.depth}, {name: "memory", run: b.memory}, {name: "image", run: b.images}, {name: "scale", run: b.scale},
+		{name: "blockdev", run: b.blockdev}, {name: "handover", run: b.handover},
 		{name: "remote", run: b.remote}, {name: "cluster", run: b.cluster},
 		{name: "soak", run: b.soak, long: true}}
 	for _, s := range sections {
