@@ -115,6 +115,18 @@ func (h *Handler) updateLimits(c *call) (any, error) {
 	return h.volumeGet(c)
 }
 
+// space is what a volume takes. One that was not open yet since it was made, or since its records were rebuilt, has not been counted: then it is what the file system says of its copies,
+// which are nobody else's.
+func (v *volumeView) space() catalog.Space {
+	s := v.observed.Space
+	if s == (catalog.Space{}) {
+		for _, r := range v.observed.Replicas {
+			s.ExclusiveBytes += r.AllocatedBytes
+		}
+	}
+	return s
+}
+
 func space(s catalog.Space) Space {
 	return Space{
 		Exclusive: strconv.FormatInt(s.ExclusiveBytes, 10), Shared: strconv.FormatInt(s.SharedBytes, 10), Reclaimable: strconv.FormatInt(s.ReclaimableBytes, 10),

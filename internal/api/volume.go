@@ -198,7 +198,7 @@ func (h *Handler) volume(c *call, v *volumeView) Volume {
 	res.Replicas = h.replicas(v)
 	res.Controllers = []Controller{h.controller(v)}
 	res.PurgeStatus = purgeStatus(v, res.Replicas)
-	res.Limits, res.Space = limits(w.Limits), space(v.observed.Space)
+	res.Limits, res.Space = limits(w.Limits), space(v.space())
 	res.Links["download"] = res.Links["self"] + "/download"
 	return res
 }
