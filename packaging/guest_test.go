@@ -278,6 +278,24 @@ func packages(t *testing.T) []string {
 	return out
 }
 
+// tour is the README's five minutes, from the installed package: nobody but root, no flags but those that stand there, and the guest's own part by hand.
+func (m *machine) tour() {
+	m.t.Helper()
+	const scribble = "nbd-client -unix /run/ashlar/nbd/vm1.sock -N vm1 /dev/nbd1 && dd if=/dev/urandom of=/dev/nbd1 bs=1M count=1 oflag=direct status=none && nbd-client -d /dev/nbd1"
+	m.do("truncate -s 32M /root/golden.raw && dd if=/dev/urandom of=/root/golden.raw bs=1M count=4 conv=notrunc status=none")
+	m.do("ashlar image import debian /root/golden.raw --checksum sha512:$(sha512sum /root/golden.raw | cut -d' ' -f1)")
+	m.do("ashlar volume create vm1 --size 64Mi --image debian")
+	m.do("ashlar volume attach vm1 | grep reconnect-delay=30")
+	m.do("ashlar snapshot create vm1 before-upgrade")
+	m.do("ashlar volume limit vm1 --iops 2000 --bandwidth 200Mi")
+	m.do(scribble)
+	m.do("ashlar volume export vm1 /root/vm1.qcow2 --compress zstd && test -s /root/vm1.qcow2")
+	m.do("ashlar snapshot diff vm1 before-upgrade | grep '^1 MiB in '")
+	m.do("ashlar volume detach vm1 && ashlar snapshot revert vm1 before-upgrade && ashlar volume attach vm1")
+	m.do("nbd-client -unix /run/ashlar/nbd/vm1.sock -N vm1 /dev/nbd1 && cmp -n 33554432 /dev/nbd1 /root/golden.raw && nbd-client -d /dev/nbd1")
+	m.do("ashlar volume detach vm1 && ashlar volume delete vm1 && ashlar image delete debian && rm /root/golden.raw /root/vm1.qcow2")
+}
+
 // TestInstallRebootUpgradeRemovePurge does with the package what its users do.
 func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	m := newMachine(t, packages(t)...)
@@ -292,6 +310,8 @@ func TestInstallRebootUpgradeRemovePurge(t *testing.T) {
 	m.do("nbd-client -unix /run/ashlar/nbd/v1.sock -N v1 /dev/nbd0 && mkfs.ext4 -q /dev/nbd0 && mount /dev/nbd0 /mnt && dd if=/dev/urandom of=/mnt/f bs=1M count=8 status=none && sync && sha256sum /mnt/f > /root/sum")
 	m.do("test \"$(systemctl show -p ActiveState --value 'ashlar-data@0.9.1.service')\" = active")
 	m.do("test $(stat -c %a /run/ashlar/api.sock) = 600")
+
+	m.tour()
 
 	// Kill what must come back by itself. The kernel's client does not connect again (nbd-client 3.24 with netlink, whatever -persist says), so that
 	// it lets go before the data process dies; it connects while nobody serves, to the socket that the holder keeps.
