@@ -21,23 +21,26 @@ func (a *app) snapshotCommand() *cobra.Command {
 // borrowTimeout bounds the opening and closing of a volume that was detached.
 const borrowTimeout = 30 * time.Second
 
-// borrow runs f while a volume is attached: as it is if it is attached already, else attached without a frontend, so that nobody can use it, and detached again
+// borrow runs f while a volume is attached: as it is if it has a frontend already, else attached without a frontend, so that nobody can use it, and detached again
 // afterwards, also when f failed or was interrupted.
 func (a *app) borrow(ctx context.Context, c *client.Client, name string, f func() error) (err error) {
 	v, err := c.Volume(ctx, name)
 	if err != nil {
 		return err
 	}
-	if v.State == "attaching" {
-		if v, err = a.waitAttached(ctx, c, name, client.Attachment{DisableFrontend: v.DisableFrontend}); err != nil {
+	if v.State == "attaching" && !v.DisableFrontend {
+		if v, err = a.waitAttached(ctx, c, name, client.Attachment{}); err != nil {
 			return err
 		}
 	}
-	if v.State == "attached" {
+	if v.State == "attached" && !v.DisableFrontend {
 		return f()
 	}
-	// An attachment of its own, so that it cannot be taken for a person's.
+	// An attachment of its own, so that it cannot be taken for a person's. Beside another one without a frontend, too: that may be a command's, which is about to take it back.
 	at := client.Attachment{DisableFrontend: true, ID: "cli-" + a.now().UTC().Format("150405.000000000")}
+	if v.DisableFrontend {
+		at.Node = v.Controllers[0].HostID
+	}
 	a.wait, a.noWait, a.timeout = true, false, borrowTimeout
 	defer func() {
 		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), borrowTimeout)
