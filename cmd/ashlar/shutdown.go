@@ -16,7 +16,7 @@ func (a *app) shutdownCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "shutdown [--node NAME]", Short: "Stop a node completely, guests' I/O included",
 		Long: `Shut the node down: volumes are flushed and closed, then the data process, the holder and serve end. To stop or upgrade only serve, which guests do not
-notice, stop that process instead.`,
+notice, stop that process instead. While a block device of it is mounted or open the node is not shut down, also by force: unmount it first.`,
 		Example: "  ashlar shutdown\n  ashlar shutdown --node n2   # from any node of the cluster", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return a.withNode(func(c *client.Client) error {

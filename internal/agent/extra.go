@@ -2,7 +2,9 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"time"
 
 	"ashlar/internal/catalog"
 	"ashlar/internal/dataplane/client"
@@ -53,8 +55,8 @@ func (a *Agent) Check(ctx context.Context, volume string) ([]catalog.Problem, er
 }
 
 // Shutdown begins to stop this node, guests' I/O included: from now on the agent does nothing new; the data process flushes and closes every volume and ends, with
-// its holder; then Config.Stop is called. It returns when that has begun. Volumes that were attached are attached again when the node is started. Run must
-// be running, because the data process asks for membership records until its end.
+// its holder; then Config.Stop is called. It returns when that has begun. While a block device is mounted or open the data process refuses with client.ErrInUse, and the node
+// goes on. Volumes that were attached are attached again when the node is started. Run must be running, because the data process asks for membership records until its end.
 func (a *Agent) Shutdown(ctx context.Context) error {
 	if !a.stopping.CompareAndSwap(false, true) {
 		return nil
@@ -67,12 +69,39 @@ func (a *Agent) Shutdown(ctx context.Context) error {
 		a.stopping.Store(false)
 		return fmt.Errorf("shut down: %w", err)
 	}
-	ctx = context.WithoutCancel(ctx)
+	refused := make(chan error, 1)
+	work := context.WithoutCancel(ctx)
 	a.wg.Go(func() {
-		if err := s.Shutdown(ctx, client.Shutdown{Holder: true}); err != nil {
+		defer close(refused)
+		err := s.Shutdown(work, client.Shutdown{Holder: true})
+		if errors.Is(err, client.ErrInUse) {
+			a.goOn(work, s, err)
+			refused <- fmt.Errorf("shut down: %w", err)
+			return
+		}
+		if err != nil {
 			a.cfg.Log.Error("the data process did not end in order", "error", err)
 		}
 		a.cfg.Stop()
 	})
+	select {
+	case err := <-refused:
+		return err
+	case <-time.After(refusalWait):
+	}
 	return nil
+}
+
+// refusalWait is how long whoever shuts a node down waits for a refusal. Volumes that have much to flush take longer than that to close, and nobody waits for their end.
+const refusalWait = 5 * time.Second
+
+// goOn is for a shutdown that the data process refused, because a block device is mounted: what it closed before it found that is opened again.
+func (a *Agent) goOn(ctx context.Context, s client.Service, why error) {
+	a.cfg.Log.Warn("the node is not shut down", "error", why)
+	a.stopping.Store(false)
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if st, err := s.State(ctx); err == nil {
+		_ = send(ctx, a.inbox, stateOrAway{state: st})
+	}
 }

@@ -632,7 +632,9 @@ func (p *process) Check(ctx context.Context, a client.Check) (out client.Problem
 
 func (p *process) Shutdown(ctx context.Context, _ client.Shutdown) error {
 	err := p.verb(ctx, "shutdown", func() error { return nil })
-	p.h.kill()
+	if !errors.Is(err, client.ErrInUse) { // a block device is mounted
+		p.h.kill()
+	}
 	return err
 }
 

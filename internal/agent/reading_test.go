@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -168,6 +169,33 @@ func TestMounted(t *testing.T) {
 		w.settle(6 * time.Second)
 		o = w.wantState("a", catalog.VolumeDetached, catalog.RobustnessUnknown)
 		w.want("nothing to complain of", o.Error == "" && o.Conditions[catalog.ConditionInUse].Status == "", o)
+	})
+}
+
+// TestShutdownMounted: a node whose block device is mounted is not shut down: whoever asks is told, and it goes on as before; unmounted, it is.
+func TestShutdownMounted(t *testing.T) {
+	run(t, func(w *world) {
+		w.attached("a")
+		var mounted atomic.Bool
+		mounted.Store(true)
+		w.host.setFault(func(_ context.Context, verb string, early bool) error {
+			if verb == "shutdown" && early && mounted.Load() {
+				return fmt.Errorf("close: %w", client.ErrInUse)
+			}
+			return nil
+		})
+		err := w.agent.Shutdown(t.Context())
+		w.want("refused", errors.Is(err, client.ErrInUse), err)
+		w.createVolume("b", "")
+		w.attach("b", catalog.Ticket{})
+		w.settle(5 * time.Second)
+		w.wantState("a", catalog.VolumeAttached, catalog.RobustnessHealthy)
+		w.wantState("b", catalog.VolumeAttached, catalog.RobustnessHealthy)
+		w.want("the same data process", w.host.starts == 1, w.host.starts)
+		mounted.Store(false)
+		w.want("unmounted", w.agent.Shutdown(t.Context()) == nil)
+		w.settle(time.Minute)
+		w.want("it ended", w.host.starts == 1, w.host.starts)
 	})
 }
 
