@@ -264,6 +264,12 @@ func (a *app) lookAtNode(ctx context.Context) []finding {
 	if s.About.Version != version {
 		out = append(out, note(fmt.Sprintf("the node is of version %s, this program of %s", s.About.Version, version), "systemctl restart ashlar; guests do not notice"))
 	}
+	for _, d := range disksOf(s.Nodes, "") {
+		if c := d.Conditions["Ready"]; c.Status == "False" && c.Reason != "NodeDown" { // of a node that is down it is said
+			out = append(out, problem(fmt.Sprintf("disk %s/%s cannot be used: %s", d.Node, d.Name, c.Message),
+				"mount its file system, or mend it: nothing on it was changed, and its volumes come back by themselves. If it is lost for good: ashlar disk remove "+d.Node+"/"+d.Name+" --force"))
+		}
+	}
 	for _, v := range s.Volumes {
 		if v.Error != "" || v.Robustness == "faulted" {
 			out = append(out, problem(fmt.Sprintf("volume %s is %s, %s: %s", v.Name, v.State, v.Robustness, v.Error), "ashlar volume show "+v.Name))
