@@ -78,6 +78,7 @@ func (a *app) diagnose(ctx context.Context) []finding {
 	all = append(all, lookAtMachine()...)
 	all = append(all, a.lookAtDirectories()...)
 	all = append(all, a.lookAtCertificates()...)
+	all = append(all, a.lookAtGivenCertificates()...)
 	all = append(all, a.lookAtProcesses(ctx)...)
 	return append(all, a.lookAtNode(ctx)...)
 }

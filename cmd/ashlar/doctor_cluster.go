@@ -52,6 +52,38 @@ func (a *app) lookAtCertificates() []finding {
 	return out
 }
 
+// lookAtGivenCertificates reads those that the configuration names for servers, which somebody else has to renew.
+func (a *app) lookAtGivenCertificates() []finding {
+	file, err := configFile(a.configPath())
+	if err != nil {
+		file = nil // that is said where the configuration is looked at
+	}
+	var out []finding
+	for _, flag := range []string{"tls-certificate", "nbd-certificate", "nbd-client-ca"} {
+		o := optionOf(flag)
+		name := a.env(o.env, file[o.key])
+		if name == "" {
+			continue
+		}
+		what := fmt.Sprintf("%s (%s)", name, o.key)
+		cert, err := readCertificate(name)
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			out = append(out, note(fmt.Sprintf("the certificate %s cannot be read", what), "sudo ashlar doctor"))
+		case err != nil:
+			out = append(out, problem(fmt.Sprintf("the certificate %s: %v", what, err), "name a file with a certificate in PEM"))
+		case a.now().Before(cert.NotBefore), !a.now().Before(cert.NotAfter):
+			out = append(out, problem(fmt.Sprintf("the certificate %s is good from %s to %s, not now: it is refused", what, cert.NotBefore.Local().Format("2006-01-02"), cert.NotAfter.Local().Format("2006-01-02")),
+				"set the clock, or put another into the file: it is read again by itself"))
+		case cert.NotAfter.Sub(a.now()) < certificateShort:
+			out = append(out, note(fmt.Sprintf("the certificate %s ends on %s", what, cert.NotAfter.Local().Format("2006-01-02")), "put another into the file: it is read again by itself"))
+		default:
+			out = append(out, ok("certificate %s until %s", what, cert.NotAfter.Local().Format("2006-01-02")))
+		}
+	}
+	return out
+}
+
 func readCertificate(file string) (*x509.Certificate, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {

@@ -148,3 +148,47 @@ func TestDoctorWithoutCatalogue(t *testing.T) {
 		t.Errorf("the reason is said %d times: %s", n, f.What)
 	}
 }
+
+// TestGivenCertificates: those that the configuration names are looked at, and which setting names them is said.
+func TestGivenCertificates(t *testing.T) {
+	now := time.Date(2030, 1, 10, 12, 0, 0, 0, time.UTC)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	day := 24 * time.Hour
+	for name, c := range map[string]struct {
+		from, to time.Duration
+		level    string
+		word     string
+	}{
+		"good":       {-day, 80 * day, levelOK, "until 2030-03-31"},
+		"ends soon":  {-80 * day, 3 * day, levelNote, "ends on 2030-01-13"},
+		"ended":      {-80 * day, -day, levelProblem, "to 2030-01-09, not now"},
+		"from later": {day, 80 * day, levelProblem, "not now"},
+		"none":       {0, 0, levelProblem, "no certificate in PEM"},
+		"no file":    {0, 1, levelProblem, "no such file"},
+	} {
+		file := filepath.Join(t.TempDir(), "server.crt")
+		text := []byte("nothing")
+		if c.from != 0 {
+			tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.Add(c.from), NotAfter: now.Add(c.to)}
+			der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+		}
+		if c.to != 1 {
+			if err := os.WriteFile(file, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a := newApp(nil, nil, func(name string) string { return map[string]string{"ASHLAR_NBD_CERTIFICATE": file}[name] })
+		a.now = func() time.Time { return now }
+		found := a.lookAtGivenCertificates()
+		if len(found) != 1 || found[0].Level != c.level || !strings.Contains(found[0].What, c.word) || !strings.Contains(found[0].What, "nbd.certificate") {
+			t.Errorf("%s: %+v", name, found)
+		}
+	}
+}
