@@ -417,7 +417,7 @@ func TestSocket(t *testing.T) {
 
 // TestSocketKeepsAlive has the server ping, and end a client that does not answer.
 func TestSocketKeepsAlive(t *testing.T) {
-	s := serve(t, Config{Heartbeat: 100 * time.Millisecond}, nil)
+	s := serve(t, Config{Heartbeat: 300 * time.Millisecond}, nil)
 	if _, _, err := s.dial("/v1/ws/1s/images", nil); err == nil {
 		t.Fatal("there is a collection images")
 	}
@@ -685,7 +685,7 @@ func TestLoopback(t *testing.T) {
 
 // TestStreamEndsWithItsToken opens streams over TLS with a token that only reads, and deletes the token.
 func TestStreamEndsWithItsToken(t *testing.T) {
-	s := tlsServer(t, Config{Heartbeat: 20 * time.Millisecond})
+	s := tlsServer(t, Config{Heartbeat: 500 * time.Millisecond}) // who does not answer for three of them is taken for gone, on a slow machine too
 	secret := s.grant("reader", true, time.Time{})
 	header := http.Header{"Authorization": {"Bearer " + secret}}
 	if _, res, err := s.dial("/v1/ws/volumes", nil); err == nil || res.StatusCode != 401 {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -64,23 +65,26 @@ func TestWhy(t *testing.T) {
 	}
 }
 
-// standIn is a member that is only asked whether it answers.
+// standIn is a member that is only asked whether it answers, also while nobody waits for the answer any more.
 type standIn struct {
 	clientv3.KV
-	away    bool
-	cluster uint64
+	away    atomic.Bool
+	cluster atomic.Uint64
 }
 
 func (m *standIn) Get(context.Context, string, ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	if m.away {
+	if m.away.Load() {
 		return nil, errors.New("away")
 	}
-	return &clientv3.GetResponse{Header: &pb.ResponseHeader{ClusterId: m.cluster}}, nil
+	return &clientv3.GetResponse{Header: &pb.ResponseHeader{ClusterId: m.cluster.Load()}}, nil
 }
 
 // TestGoesHome: a store whose own member did not answer goes on through another, and back to its own when that has answered three times in a row, not before and not later.
 func TestGoesHome(t *testing.T) {
-	own, other := &standIn{away: true, cluster: 1}, &standIn{cluster: 1}
+	own, other := new(standIn), new(standIn)
+	own.away.Store(true)
+	own.cluster.Store(1)
+	other.cluster.Store(1)
 	s := &Store{log: slog.New(slog.DiscardHandler), moved: make(chan struct{})}
 	s.ctx, s.cancel = context.WithCancel(t.Context())
 	r := newRouter(s, func(url string) (*clientv3.Client, error) {
@@ -102,28 +106,28 @@ func TestGoesHome(t *testing.T) {
 		}
 	}
 	round("other")
-	own.away = false
+	own.away.Store(false)
 	round("other")
 	round("other")
-	own.away = true // it begins anew
+	own.away.Store(true) // it begins anew
 	round("other")
-	own.away = false
+	own.away.Store(false)
 	round("other")
 	round("other")
-	own.cluster = 2 // it was left behind, and made a cluster of its own
+	own.cluster.Store(2) // it was left behind, and made a cluster of its own
 	round("other")
-	own.cluster = 1
+	own.cluster.Store(1)
 	round("other")
 	round("other")
 	round("own")
 	round("own")
-	own.away = true
+	own.away.Store(true)
 	round("other")
-	other.away = true
+	other.away.Store(true)
 	if r.round(s.ctx) {
 		t.Fatal("somebody answers")
 	}
-	own.away = false
+	own.away.Store(false)
 	round("own")
 	s.cancel()
 	s.workers.Wait()
