@@ -267,16 +267,26 @@ func (n *Node) watchMember(ctx context.Context, s *etcd.Store) error {
 		}
 		var state etcd.State
 		state, why = s.MemberState()
-		n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", why)
-		// For people, and for every agent to look again. That it cannot be recorded is in the log already.
-		_ = catalog.Note(ctx, s, catalog.EventRecord{
-			Time: n.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
-		})
+		if n.unseated(ctx, s) { // as the keeper saw to, which is about to have the node built anew, or ended
+			n.cfg.Log.Info("this node's member of the catalogue ended, as the records want it", "state", state)
+		} else {
+			n.cfg.Log.Error("this node's member of the catalogue stopped; going on through the others", "state", state, "error", why)
+			// For people, and for every agent to look again. That it cannot be recorded is in the log already.
+			_ = catalog.Note(ctx, s, catalog.EventRecord{
+				Time: n.cfg.Now().UTC(), Type: catalog.Warning, Kind: catalog.KindNode, Name: n.cfg.Name, Reason: "MemberFailed", Message: "its member of the catalogue stopped",
+			})
+		}
 	}
 	if !n.awaitRoom(ctx, why) {
 		return context.Cause(ctx)
 	}
 	return fmt.Errorf("to try again with this node's member of the catalogue: %w", ErrRestart)
+}
+
+// unseated tells whether the records want no member on this node: it is being removed, was removed, or another has its seat.
+func (n *Node) unseated(ctx context.Context, s *etcd.Store) bool {
+	w, _, err := catalog.Read[catalog.NodeWanted](ctx, s, catalog.NodeKey(catalog.Wanted, n.cfg.Name))
+	return errors.Is(err, catalog.ErrNotFound) || err == nil && (w.Deleted != nil || !w.Voter)
 }
 
 // awaitRoom waits until it is worth trying again with a member that failed; false if ctx ended first.

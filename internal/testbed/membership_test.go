@@ -50,6 +50,9 @@ func TestRunbookLastOfTwo(t *testing.T) {
 	two.says(string(log), "was removed from its cluster", "to use this machine again, move")
 	two.until(20*time.Second, "its other processes end", func() bool { return two.p.PID("data") == 0 && two.p.PID("hold") == 0 })
 	one.untilVote("node1")
+	if out := one.cli("status"); strings.Contains(out, "node2") {
+		w.Errorf("what ended in order is to be looked at:\n%s", out)
+	}
 	one.cli("volume", "attach", "v", "--frontend", "nbd")
 	one.qemuIO("v", "read -P 7 0 4M")
 	// It does so by itself from now on, also after a start.

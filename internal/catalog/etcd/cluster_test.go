@@ -447,6 +447,29 @@ func TestThreeMembers(t *testing.T) {
 	}
 }
 
+// TestRemovedAtOnce: a member that many remove at the same time, from every node, is removed, and all of them hear so.
+func TestRemovedAtOnce(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.start()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	for i := range 12 {
+		wg.Go(func() {
+			if err := c.nodes[i%2].store.RemoveMember(ctx, "n3"); err != nil {
+				t.Errorf("%d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	ms, err := c.nodes[0].store.Members(ctx)
+	if err != nil || len(ms) != 2 {
+		t.Fatalf("members %+v, %v", ms, err)
+	}
+	put(t, c.nodes[1].store, "a")
+}
+
 // TestMembership: what may be said again, what is refused, what a removed and an emptied member are told, and how they come back.
 func TestMembership(t *testing.T) {
 	t.Parallel()

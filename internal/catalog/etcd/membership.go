@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -24,6 +25,8 @@ const (
 	sameIDWait = time.Second
 	// aliveWait is how long a member may take to say that it is there.
 	aliveWait = time.Second
+	// removePatience is how long one attempt to remove a member may take.
+	removePatience = time.Second
 )
 
 // AddLearner makes a place for a member that will start with this name and peer URL (Options.Member.Members not empty) and catch up without a vote. Said again with the
@@ -192,8 +195,19 @@ func (s *Store) mayRemove(ctx context.Context, list []*pb.Member, x *pb.Member) 
 	return nil
 }
 
+// remove removes a member. When another does so at the same time etcd's raft makes nothing of the second change, and whoever asked for it is never answered (stepLeader in go.etcd.io/raft,
+// "ignoring conf change"): so it waits for a while only, and looks whether it is done before it asks again.
 func (s *Store) remove(ctx context.Context, id uint64) error {
+	var asked atomic.Bool
 	err := s.call(ctx, again, func(ctx context.Context, c *clientv3.Client) error {
+		ctx, cancel := context.WithTimeout(ctx, removePatience)
+		defer cancel()
+		if asked.Swap(true) {
+			list, err := c.MemberList(ctx)
+			if err != nil || !slices.ContainsFunc(list.Members, func(m *pb.Member) bool { return m.ID == id }) {
+				return err
+			}
+		}
 		_, err := c.MemberRemove(ctx, id)
 		return err
 	})
