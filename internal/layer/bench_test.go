@@ -63,6 +63,7 @@ func benchRead(b *testing.B, depth int, settle bool) {
 func BenchmarkRead4K(b *testing.B)         { benchRead(b, 1, false) }
 func BenchmarkRead4KDepth200(b *testing.B) { benchRead(b, 200, false) }
 func BenchmarkRead4KSums(b *testing.B)     { benchRead(b, 1, true) }
+func BenchmarkRead4KSums200(b *testing.B)  { benchRead(b, 200, true) }
 
 // BenchmarkReadFile is the floor: one pread of the file.
 func BenchmarkReadFile(b *testing.B) {

@@ -138,7 +138,7 @@ func (c *checker) sums(l *Layer, page int64) error {
 	for r := page * pageRegions; r < (page+1)*pageRegions && r*regionUnits < l.sb.units(); r++ {
 		var sums [regionUnits * 4]byte
 		if l.summed.Load() {
-			if err := l.readSums(r, sums[:]); err != nil {
+			if err := l.readSums(r*regionUnits, sums[:]); err != nil {
 				return err
 			}
 		}

@@ -217,6 +217,65 @@ func TestRot(t *testing.T) {
 	must(t, l.Close())
 }
 
+// TestSumsKept reads one region through three layers with checksums: each unit's is kept after the second time, of the layer it is read from, and is no reason to believe what does not agree with it. When the
+// slots begin anew nothing of it is left.
+func TestSumsKept(t *testing.T) {
+	const units, sizeBytes = 200, 4 << 20
+	mem := disk.NewMem(disk.MemOptions{})
+	lim := limits{maxSlots: 5}
+	s := ownedStack(t, []*Layer{newHead(t, mem, 0, sizeBytes, lim)}, StackOptions{})
+	put(t, s, 0, units, 1)
+	for n := int64(1); n < 4; n++ {
+		sealOver(t, mem, s, int(n), sizeBytes, lim)
+		for u := n; u < units && n < 3; u += 3 {
+			put(t, s, u, 1, uint64(n+1))
+		}
+	}
+	for _, l := range s.Layers()[1:] {
+		must(t, l.Settle(t.Context()))
+	}
+	all := func() {
+		t.Helper()
+		for u := range int64(units) {
+			wantUnit(t, s, u, uint64(u%3+1))
+		}
+	}
+	all()
+	all()
+	page := s.sums.page(0)
+	for u := range int64(units) {
+		if kept := page.units[u].Load(); kept>>32 != uint64(u%3+1) {
+			t.Fatalf("unit %d: a checksum of slot %d is kept", u, kept>>32)
+		}
+	}
+	lowest := s.Layers()[3]
+	for _, bytes := range [][]byte{{99}, {98}} {
+		_, err := lowest.f.WriteAt(bytes, lowest.sb.Data.Off+3*unitBytes)
+		must(t, err)
+		_, err = s.ReadAt(make([]byte, 1<<16), 0)
+		wantErr(t, err, block.ErrCorrupt)
+	}
+	b := make([]byte, unitBytes)
+	fillUnit(b, 3, 1)
+	_, err := lowest.f.WriteAt(b, lowest.sb.Data.Off+3*unitBytes)
+	must(t, err)
+	all()
+	above := s.Layers()[1:3]
+	merged, err := Merge(t.Context(), mem, "m", MergeSpec{Layers: above, Meta: testMeta(), Options: Options{BootID: testBoot, limits: lim}})
+	must(t, err)
+	must(t, s.ReplaceMerged(above, merged))
+	must(t, merged.Close())
+	all()
+	for n := 4; n < 6; n++ {
+		sealOver(t, mem, s, n, sizeBytes, lim)
+	}
+	if s.sums[0].page.Load() != nil {
+		t.Error("checksums are kept although the slots began anew")
+	}
+	all()
+	must(t, s.Close())
+}
+
 // TestMergeRot does not make rot true: a merge that copies compares.
 func TestMergeRot(t *testing.T) {
 	mem := disk.NewMem(disk.MemOptions{})

@@ -53,7 +53,7 @@ func (s *Stack) readRun(p []byte, off int64) (int, error) {
 		}
 		l := v.layers[src.slot()]
 		if l.summed.Load() {
-			err = s.readSummed(l, p[:n], off)
+			err = s.readSummed(l, src.slot(), p[:n], off)
 		} else if _, err = l.f.ReadAt(p[:n], l.sb.Data.Off+off); err != nil {
 			err = fmt.Errorf("layer %s: %w", l.sb.ID, mapError(err))
 		}
@@ -93,10 +93,10 @@ const bounceBytes = 64 << 10
 // bounces is safe for concurrent use and never reassigned.
 var bounces = &bouncePool{sync.Pool{New: func() any { b := make([]byte, bounceBytes); return &b }}}
 
-// readSummed reads from a layer with checksums and compares.
-func (s *Stack) readSummed(l *Layer, p []byte, off int64) error {
+// readSummed reads from a layer with checksums, of one region, and compares. slot is the layer's.
+func (s *Stack) readSummed(l *Layer, slot int, p []byte, off int64) error {
 	if (off|int64(len(p)))%unitBytes == 0 {
-		return s.readUnits(l, p, off/unitBytes)
+		return s.readUnits(l, slot, p, off/unitBytes)
 	}
 	bounce := bounces.Get().(*[]byte)
 	defer bounces.Put(bounce)
@@ -104,7 +104,7 @@ func (s *Stack) readSummed(l *Layer, p []byte, off int64) error {
 		skip := int(off % unitBytes)
 		n := min(len(p), bounceBytes-skip)
 		whole := int(roundUp(int64(skip+n), unitBytes))
-		if err := s.readUnits(l, (*bounce)[:whole], off/unitBytes); err != nil {
+		if err := s.readUnits(l, slot, (*bounce)[:whole], off/unitBytes); err != nil {
 			return err
 		}
 		copy(p[:n], (*bounce)[skip:])
@@ -114,21 +114,9 @@ func (s *Stack) readSummed(l *Layer, p []byte, off int64) error {
 }
 
 // readUnits reads whole units and compares each.
-func (s *Stack) readUnits(l *Layer, p []byte, unit int64) error {
+func (s *Stack) readUnits(l *Layer, slot int, p []byte, unit int64) error {
 	if _, err := l.f.ReadAt(p, l.sb.Data.Off+unit*unitBytes); err != nil {
 		return fmt.Errorf("layer %s: %w", l.sb.ID, mapError(err))
 	}
-	for len(p) > 0 {
-		sums, err := s.sums.page(l, unit/regionUnits)
-		if err != nil {
-			return err
-		}
-		for i := unit % regionUnits; i < regionUnits && len(p) > 0; i++ {
-			if got := unitSum(p[:unitBytes]); got != sums.crc[i] {
-				return fmt.Errorf("layer %s: unit %d: checksum %08x, stored %08x: %w", l.sb.ID, unit, got, sums.crc[i], block.ErrCorrupt)
-			}
-			p, unit = p[unitBytes:], unit+1
-		}
-	}
-	return nil
+	return s.sums.verify(l, slot, p, unit)
 }

@@ -122,6 +122,7 @@ func (s *Stack) renumber(v *view, h *Layer) error {
 	}
 	h.Retain()
 	s.view.Store(n)
+	s.sums.forget()
 	return nil
 }
 

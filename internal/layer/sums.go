@@ -11,38 +11,95 @@ import (
 	"ashlar/internal/block"
 )
 
-// sumPage is the checksums of a region of a layer.
+// sumPage keeps checksums of a region of the disk that reads needed, of whatever layer each is: above 32 bits the layer's slot, below them the checksum; 0 is none.
 type sumPage struct {
-	l      *Layer
 	region int64
-	crc    [regionUnits]uint32
+	units  [regionUnits]atomic.Uint64
 }
 
-// sumCache keeps the pages of checksums that reads needed last: 2 MiB at most, enough for 2 GiB of disk read at random without a second read
-// for checksums. It takes no lock.
-type sumCache [512]atomic.Pointer[sumPage]
-
-// page returns the checksums of a region of l.
-func (c *sumCache) page(l *Layer, region int64) (*sumPage, error) {
-	slot := &c[uint64(region)%uint64(len(c))]
-	if p := slot.Load(); p != nil && p.l == l && p.region == region {
-		return p, nil
-	}
-	p := &sumPage{l: l, region: region}
-	var b [regionUnits * 4]byte
-	if err := l.readSums(region, b[:]); err != nil {
-		return nil, err
-	}
-	for i := range p.crc {
-		p.crc[i] = binary.LittleEndian.Uint32(b[i*4:])
-	}
-	slot.Store(p)
-	return p, nil
+// sumCache keeps the pages that reads needed last: 2 MiB at most, enough for 1 GiB of disk read at random, through however many layers, without a second read for checksums. It takes no lock. What
+// it says is believed only where it agrees with what was read: otherwise the layer is asked.
+type sumCache [256]struct {
+	page atomic.Pointer[sumPage]
+	last atomic.Int64 // the region that was asked for last, and 1 more
 }
 
-// readSums reads the checksums of a region.
-func (l *Layer) readSums(region int64, b []byte) error {
-	off := region * regionUnits * 4
+// sumsRead is how many checksums are read at a time.
+const sumsRead = 64
+
+// page returns the page of a region. A region that is read for the first time has none: once is no reason to drop another's.
+func (c *sumCache) page(region int64) *sumPage {
+	e := &c[uint64(region)%uint64(len(c))]
+	if p := e.page.Load(); p != nil && p.region == region {
+		return p
+	}
+	if e.last.Swap(region+1) != region+1 {
+		return nil
+	}
+	p := &sumPage{region: region}
+	e.page.Store(p)
+	return p
+}
+
+// forget empties the cache: slots mean other layers from now on.
+func (c *sumCache) forget() {
+	for i := range c {
+		c[i].page.Store(nil)
+	}
+}
+
+// verify compares whole units, of one region, that were read from a layer with its checksums. slot is the layer's.
+func (c *sumCache) verify(l *Layer, slot int, p []byte, unit int64) error {
+	page := c.page(unit / regionUnits)
+	for len(p) > 0 {
+		n := min(len(p), int(sumsRead-unit%sumsRead)*unitBytes)
+		if err := l.verify(page, uint64(slot)<<32, p[:n], unit); err != nil {
+			return err
+		}
+		p, unit = p[n:], unit+int64(n/unitBytes)
+	}
+	return nil
+}
+
+// verify compares units whose checksums are read together. page may be nil.
+func (l *Layer) verify(page *sumPage, slot uint64, p []byte, unit int64) error {
+	var stored []byte
+	for ; len(p) > 0; p, unit = p[unitBytes:], unit+1 {
+		got := unitSum(p[:unitBytes])
+		if page != nil && page.units[unit%regionUnits].Load() == slot|uint64(got) {
+			continue
+		}
+		if first := unit - unit%sumsRead; stored == nil {
+			stored = make([]byte, sumsRead*4)
+			if err := l.readSums(first, stored); err != nil {
+				return err
+			}
+			page.keep(slot, stored, first)
+		}
+		is := binary.LittleEndian.Uint32(stored[unit%sumsRead*4:])
+		if got != is {
+			return fmt.Errorf("layer %s: unit %d: checksum %08x, stored %08x: %w", l.sb.ID, unit, got, is, block.ErrCorrupt)
+		}
+		if page != nil {
+			page.units[unit%regionUnits].Store(slot | uint64(is))
+		}
+	}
+	return nil
+}
+
+// keep takes checksums for units that have none yet. Some may be hidden by other layers, which write over them when they are read.
+func (p *sumPage) keep(slot uint64, stored []byte, first int64) {
+	if p == nil {
+		return
+	}
+	for i := range int64(len(stored) / 4) {
+		p.units[(first+i)%regionUnits].CompareAndSwap(0, slot|uint64(binary.LittleEndian.Uint32(stored[i*4:])))
+	}
+}
+
+// readSums reads checksums from a unit's on; beyond the layer's end there are none, and b is left alone.
+func (l *Layer) readSums(unit int64, b []byte) error {
+	off := unit * 4
 	n := min(int64(len(b)), l.sb.Sums.N-off)
 	if _, err := l.f.ReadAt(b[:n], l.sb.Sums.Off+off); err != nil {
 		return fmt.Errorf("layer %s: read checksums: %w", l.sb.ID, mapError(err))
