@@ -30,7 +30,7 @@ const (
 	kindCopy = "copy"
 	// copyLookEvery is how often a copy asks whether it still has the volume: somebody who opened it needs the bandwidth more.
 	copyLookEvery = 2 * time.Second
-	// copyOpenPatience is how long the node that has the original may take to answer; the job is asked for again.
+	// copyOpenPatience is how long the node that has the original may take to answer, and then to let the copy in; the job is asked for again.
 	copyOpenPatience = 30 * time.Second
 	// copyAwayPatience is how long it may then be away, and copyReadPatience how long one read may take, at a rate that may be low on either side, before the copy is given up.
 	copyAwayPatience = time.Minute
@@ -279,16 +279,15 @@ func (m *move) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	opening, opened := context.WithTimeout(ctx, copyOpenPatience)
+	defer opened()
 	// No guest remembers what was not flushed: the volume is attached nowhere.
-	vol, err := volume.Open(ctx, volume.Config{VolumeID: m.args.VolumeID, Name: m.args.Volume, Node: m.args.Node, BootID: m.boot, Ledger: m.ledger, GuestsGone: true,
+	vol, err := volume.Open(opening, volume.Config{VolumeID: m.args.VolumeID, Name: m.args.Volume, Node: m.args.Node, BootID: m.boot, Ledger: m.ledger, GuestsGone: true,
 		Replicas: []volume.Member{{ID: m.args.From, Replica: src}}, Now: m.now})
 	if err != nil {
 		return errors.Join(err, src.Close())
 	}
-	before, err := vol.Status(ctx)
-	if err == nil {
-		err = m.replace(ctx, vol, src, before)
-	}
+	before, err := m.watched(ctx, vol, src)
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), farLastPatience)
 	defer cancel()
 	end := vol.Close
@@ -303,6 +302,20 @@ func (m *move) run(ctx context.Context) error {
 		return nil
 	}
 	return errors.Join(err, closed)
+}
+
+// watched makes the copy and puts it in the original's place, for as long as the volume is ours and its original not away; the volume's status is that from before.
+func (m *move) watched(ctx context.Context, vol *volume.Volume, src origin) (volume.Status, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel(nil)
+	wg.Go(func() { m.watch(ctx, vol, src, cancel) })
+	before, err := vol.Status(ctx)
+	if err == nil {
+		err = m.replace(ctx, vol, src, before)
+	}
+	return before, err
 }
 
 // named tells whether the copy has taken the original's place already, in the record and on the disk.
@@ -391,7 +404,7 @@ func (m *move) replace(ctx context.Context, vol *volume.Volume, src origin, st v
 	if err := m.clear(st.Record); err != nil {
 		return err
 	}
-	in, err := m.receive(ctx, vol, src, st)
+	in, err := m.receive(ctx, src, st)
 	if err != nil {
 		return err
 	}
@@ -407,13 +420,8 @@ func (m *move) replace(ctx context.Context, vol *volume.Volume, src origin, st v
 	return errors.Join(m.swap(ctx, vol, st.Writer, rep), rep.Close())
 }
 
-// receive copies the layers for as long as the volume is ours.
-func (m *move) receive(ctx context.Context, vol *volume.Volume, src origin, st volume.Status) (*local.Incoming, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel(nil)
-	wg.Go(func() { m.watch(ctx, vol, src, cancel) })
+// receive copies the layers.
+func (m *move) receive(ctx context.Context, src origin, st volume.Status) (*local.Incoming, error) {
 	if err := src.Count(ctx); err != nil {
 		return nil, err
 	}
@@ -444,8 +452,7 @@ func (m *move) watch(ctx context.Context, vol *volume.Volume, src origin, cancel
 		case <-ctx.Done():
 			return
 		case <-vol.Ended():
-			st, err := vol.Status(context.WithoutCancel(ctx))
-			cancel(errors.Join(st.Err, err))
+			cancel(vol.Err())
 			return
 		case <-tick.C:
 		}
@@ -459,9 +466,9 @@ func (m *move) watch(ctx context.Context, vol *volume.Volume, src origin, cancel
 	}
 }
 
-// away tells since when, and why, the original's node has not answered; the zero time while it does.
+// away tells since when, and why, the original's node has not answered; the zero time while it does, or is this one.
 func (m *move) away(src origin) (time.Time, error) {
-	if far, ok := src.(farOrigin); ok {
+	if far, ok := src.(interface{ Away() (time.Time, error) }); ok {
 		return far.Away()
 	}
 	return time.Time{}, nil

@@ -91,6 +91,23 @@ func (c *farCopy) Fence(ctx context.Context, w replica.Writer) error {
 	return c.Replica.Fence(ctx, w)
 }
 
+// Keep implements replica.Replica.
+func (c *farCopy) Keep(ctx context.Context, w replica.Writer, rec replica.Record) error {
+	c.mu.Lock()
+	silent := c.silent
+	c.mu.Unlock()
+	if silent != nil {
+		select {
+		case <-silent:
+		case <-c.closed:
+			return block.ErrClosed
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return c.Replica.Keep(ctx, w, rec)
+}
+
 // Status implements replica.Replica.
 func (c *farCopy) Status(ctx context.Context) (replica.Status, error) {
 	st, err := c.Replica.Status(ctx)

@@ -2,6 +2,8 @@ package volume_test
 
 import (
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"ashlar/internal/block"
 	"ashlar/internal/disk"
@@ -87,4 +89,31 @@ func TestReplace(t *testing.T) {
 			g.want(g.tryOpen(resume), volume.ErrInvalid, "the old copy is no member")
 		})
 	}
+}
+
+// TestReplaceSilent: a copy whose node goes away right after the swap, and does not come back because it is in charge of nothing any more, is not waited for.
+func TestReplaceSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRig(t, 1<<20, disk.MemOptions{})
+		var c *farCopy
+		g.open(far(&c))
+		before, err := g.v.Status(g.ctx)
+		g.must(err, "status")
+		g.ledger.OnCall(func(call ledgertest.Call) ledgertest.Fault {
+			if call.Swap {
+				c.set(func() { c.silent = make(chan struct{}) })
+			}
+			return ledgertest.OK
+		})
+		began := time.Now()
+		rec, err := g.v.Replace(g.ctx, replica.Member{ReplicaID: replacement, Node: "node-2", Incarnation: "boot-2"}, before.Record.Chain)
+		g.must(err, "replace")
+		if took := time.Since(began); took > 10*time.Second {
+			t.Errorf("it took %v", took)
+		}
+		if now := g.record(); !now.Equal(rec) || now.Members[0].ReplicaID != replacement {
+			t.Errorf("the record is %+v, and %+v was said", now, rec)
+		}
+		g.close()
+	})
 }

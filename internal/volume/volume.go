@@ -158,6 +158,9 @@ func (v *Volume) Device() *block.Gate { return v.gate }
 // Ended is closed when the volume stops to serve I/O: it failed, was fenced, or was closed. Status says which.
 func (v *Volume) Ended() <-chan struct{} { return v.endedCh }
 
+// Err is why the volume serves no I/O any more; nil while it does. It asks nobody, unlike Status.
+func (v *Volume) Err() error { return v.down() }
+
 // Status asks the first copy for its layers; an error is the copy's. It is cheap, but for the first time after opening, when it may read a map to count (LayerInfo.DataBytes).
 func (v *Volume) Status(ctx context.Context) (Status, error) {
 	v.mu.Lock()
