@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"ashlar/internal/dataplane/client"
@@ -342,5 +343,35 @@ func TestCopyReplicaSourceRestarts(t *testing.T) {
 		if got, err := g.read(int64(off), mib); err != nil || !bytes.Equal(got, raw[off:off+mib]) {
 			t.Fatalf("at %d it reads something else (%v)", off, err)
 		}
+	}
+}
+
+// TestCopyReplicaNodeGone: the original's node falls silent with the swap, for good: the copy has taken its place, the job ends, and the volume is opened while the other node is as silent as before.
+func TestCopyReplicaNodeGone(t *testing.T) {
+	w := newTown(t, 2, newBed)
+	x := w.through(1, 0)
+	cs := w.ready()
+	from, to := w.beds[0], w.beds[1]
+	a, raw := filled(t, from, cs[0], mib)
+	ask := client.CopyReplica{VolumeID: a.VolumeID, Volume: a.Volume, Node: to.node, DiskID: to.diskID, ReplicaID: id("repl", 2), From: a.ReplicaID, FromNode: from.node}
+	cut := sync.OnceFunc(x.cut)
+	from.cat.mu.Lock()
+	from.cat.onSwap = func(s client.MembershipSwap) {
+		if bytes.Contains(s.Record, []byte(ask.ReplicaID)) {
+			cut()
+		}
+	}
+	from.cat.mu.Unlock()
+	if _, err := cs[1].CopyReplica(t.Context(), ask); err != nil {
+		t.Fatal(err)
+	}
+	if j := awaitJob(t, cs[1], ask.ReplicaID); j.State != jobDone {
+		t.Fatalf("copy: %+v", j)
+	}
+	b := a
+	b.Node, b.DiskID, b.ReplicaID = to.node, to.diskID, ask.ReplicaID
+	to.open(cs[1], b)
+	if got, err := guest(t, to.runDir, b.Volume).read(0, mib); err != nil || !bytes.Equal(got, raw) {
+		t.Errorf("it reads something else (%v)", err)
 	}
 }

@@ -112,8 +112,9 @@ type catalogue struct {
 	mu      sync.Mutex // guards the rest
 	records map[string]client.MembershipEntry
 	stop    func()
-	onRead  func()     // may be nil
-	of      *catalogue // another node's, whose records these are; may be nil
+	onRead  func()                      // may be nil
+	onSwap  func(client.MembershipSwap) // of one that is made; may be nil
+	of      *catalogue                  // another node's, whose records these are; may be nil
 }
 
 func newCatalogue(t testing.TB, runDir string) *catalogue {
@@ -147,6 +148,9 @@ func (c *catalogue) Swap(_ context.Context, a client.MembershipSwap) (int64, err
 	defer c.mu.Unlock()
 	if c.records[a.VolumeID].Rev != a.Was {
 		return 0, client.ErrConflict
+	}
+	if c.onSwap != nil {
+		c.onSwap(a)
 	}
 	c.records[a.VolumeID] = client.MembershipEntry{Record: a.Record, Rev: a.Was + 1}
 	return a.Was + 1, nil

@@ -10,7 +10,7 @@ import (
 )
 
 // farewell is how long a copy that was replaced may take to hear it. Its node may be gone for good by then: nothing of the volume is there any more, which is what whoever removes it waits for.
-const farewell = 5 * time.Second
+const farewell = 3 * time.Second
 
 // Replace ends the volume by putting another copy in the place of its own (docs/decisions/0017): one swap, after which the record names to instead, in sync, and nobody as its writer. to has, durably, all
 // that this volume's copy has, and chain: replica.ErrChain if that is not the record's. The caller has written nothing since he began to make it. The record returned is the new one, which to is to keep
