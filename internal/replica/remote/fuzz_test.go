@@ -133,17 +133,22 @@ func TestVersionRefused(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		nc, err := ln.Accept()
-		if err != nil {
-			return
+		for { // as often as it is asked
+			nc, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.ReadFull(nc, make([]byte, len(preambleVerbs)))
+			_, _ = io.WriteString(nc, refusalPrefix+"2-3\n")
+			_ = nc.Close()
 		}
-		_, _ = io.ReadFull(nc, make([]byte, len(preambleVerbs)))
-		_, _ = io.WriteString(nc, refusalPrefix+"2-3\n")
-		_ = nc.Close()
 	}()
-	if _, err := Open(t.Context(), Config{ReplicaID: "a", Dial: n.dial}); !errors.Is(err, ErrVersion) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // who does not understand the refusal asks again for ever
+	defer cancel()
+	if _, err := Open(ctx, Config{ReplicaID: "a", Dial: n.dial}); !errors.Is(err, ErrVersion) || ctx.Err() != nil {
 		t.Errorf("open at a server of another version: %v", err)
 	}
+	_ = ln.Close()
 	<-done
 }
 

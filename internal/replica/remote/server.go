@@ -179,13 +179,26 @@ func (s *Server) serve(nc net.Conn) {
 		s.serveBytes(nc)
 	case err == nil:
 		s.cfg.Log.Warn("another node speaks a protocol that is not known here", "remote", nc.RemoteAddr(), "says", string(line[:]), "known", "1-1")
-		_, _ = io.WriteString(nc, refusalPrefix+"1-1\n")
+		refuse(nc)
 	default:
 		s.cfg.Log.Debug("a connection ended before it said what it is for", "remote", nc.RemoteAddr(), "err", err)
 	}
 	s.forget(nc)
 	_ = nc.Close()
 }
+
+// refuse says what is known here and waits a moment for the other side to hear it: a connection that is closed with something unread is reset, and what was said last is lost with it.
+func refuse(nc net.Conn) {
+	_ = nc.SetDeadline(time.Now().Add(refuseWait))
+	_, _ = io.WriteString(nc, refusalPrefix+"1-1\n")
+	if half, ok := nc.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+	}
+	_, _ = io.CopyN(io.Discard, nc, 64<<10)
+}
+
+// refuseWait is how long who is refused may take to hear it.
+const refuseWait = time.Second
 
 // Drop ends every connection to a replica, waits until their calls have returned, and releases it before it returns. Who connects afterwards has it opened anew, if the Host does.
 func (s *Server) Drop(replicaID string) {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"ashlar/internal/block"
@@ -28,6 +29,8 @@ type talker struct {
 	codes   []Code
 	http    *http.Client
 	pool    *http.Transport
+	// refused is what the peer said of our protocol, until somebody was told; nil: nothing. The HTTP client may lose it, because it comes before anything was asked.
+	refused atomic.Pointer[error]
 }
 
 func newTalker(cfg Config) *talker {
@@ -38,7 +41,7 @@ func newTalker(cfg Config) *talker {
 			if err != nil {
 				return nil, err
 			}
-			return &greeted{Conn: nc}, nil
+			return &greeted{Conn: nc, talker: t}, nil
 		},
 		DisableCompression: true, MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second, MaxResponseHeaderBytes: 16 << 10,
 	}
@@ -126,8 +129,8 @@ func (t *talker) ask(ctx context.Context, verb string, q question, progress func
 
 // lost says that there was no answer, and why.
 func (t *talker) lost(ctx context.Context, verb string, err error) error {
-	if errors.Is(err, ErrVersion) {
-		return fmt.Errorf("%s: %w", verb, err)
+	if refused := t.refused.Swap(nil); refused != nil {
+		return fmt.Errorf("%s: %w", verb, *refused)
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
@@ -141,7 +144,8 @@ const refusalPrefix = "ashlar-no/"
 // greeted is a connection on which the server may refuse the preamble instead of answering.
 type greeted struct {
 	net.Conn
-	heard bool
+	talker *talker
+	heard  bool
 }
 
 // Read implements net.Conn.
@@ -150,7 +154,9 @@ func (g *greeted) Read(p []byte) (int, error) {
 	if !g.heard && n > 0 {
 		g.heard = true
 		if n >= len(refusalPrefix) && string(p[:len(refusalPrefix)]) == refusalPrefix {
-			return 0, fmt.Errorf("%q, here 1-1: %w", p[:min(n, 40)], ErrVersion)
+			err = fmt.Errorf("%q, here 1-1: %w", p[:min(n, 40)], ErrVersion)
+			g.talker.refused.Store(&err)
+			return 0, err
 		}
 	}
 	return n, err
