@@ -104,6 +104,43 @@ func TestFlushWaitsForRecords(t *testing.T) {
 	must(t, s.Close())
 }
 
+// TestCoveredAtOnce has units written for the first time while the first of the two flushes runs that the layer makes of its own accord. Whoever rewrites them afterwards waits for no flush:
+// it would have to take everything to the medium that is dirty by then.
+func TestCoveredAtOnce(t *testing.T) {
+	fsys := disk.NewMem(disk.MemOptions{})
+	s := ownedStack(t, []*Layer{newHead(t, fsys, 0, 1<<20, limits{inline: true})}, StackOptions{})
+	w := s.view.Load().writer
+	put(t, s, 5, 1, 1)
+	var late sync.WaitGroup
+	syncs := 0
+	fsys.OnOp(func(op disk.Op) {
+		if op.Kind != disk.OpSync {
+			return
+		}
+		if syncs++; syncs != 2 { // the first one is the write back
+			return
+		}
+		late.Go(func() { put(t, s, 7, 1, 2) })
+		if w.still.TryRLock() { // nothing stops it
+			w.still.RUnlock()
+			late.Wait()
+		}
+	})
+	must(t, w.coverAll())
+	late.Wait()
+	if syncs != 3 {
+		t.Errorf("%d fdatasyncs, want 3", syncs)
+	}
+	syncs = 3
+	put(t, s, 5, 1, 3)
+	put(t, s, 7, 1, 3)
+	if syncs != 3 {
+		t.Errorf("rewriting two units took %d fdatasyncs", syncs-3)
+	}
+	fsys.OnOp(nil)
+	must(t, s.Close())
+}
+
 // TestSettledHeaderLost kills the process when the header says settled in the page cache only; the next one frees the log; the power fails.
 func TestSettledHeaderLost(t *testing.T) {
 	mem := disk.NewMem(disk.MemOptions{})

@@ -135,7 +135,9 @@ func (w *writer) logged(kind recordKind, unit, n int64, p []byte) (int, error) {
 		}
 		c.kind, c.unit, c.n, c.p = kind, unit, n, p
 		wakeup := w.log.wakeup()
+		w.still.RLock()
 		need, err := w.try(c)
+		w.still.RUnlock()
 		if w.due.Load() || w.log.full(w.l.limits.uncovered, 0) > 0 {
 			w.kick()
 		}

@@ -14,7 +14,7 @@ import (
 
 // writer is what a stack with a head has to write with: it owns the head's log and everything that is done in the background for it.
 //
-// Locks, in the order they are taken: ckptMu, backMu, flushMu, the stripes of pages (Stack.stripe), gate, writeLog.mu.
+// Locks, in the order they are taken: ckptMu, backMu, flushMu, still, the stripes of pages (Stack.stripe), gate, writeLog.mu.
 type writer struct {
 	s     *Stack
 	l     *Layer
@@ -25,6 +25,9 @@ type writer struct {
 	// gate is held shared from before the bytes of a logged write to after its record, and taken exclusively for the instant in which a
 	// flush begins: docs/formats/layer.md, "Order of a write".
 	gate sync.RWMutex
+
+	// still is held shared by each step of a logged change, and taken exclusively while coverAll flushes.
+	still sync.RWMutex
 
 	reserved []atomic.Uint64 // a bit for each map page that is known to be allocated
 
@@ -103,28 +106,55 @@ func (w *writer) work() {
 			return
 		}
 	}
-	if w.log.full(w.l.limits.uncovered, 0) > 0 && w.writeBack() == nil && w.flush() == nil {
-		w.flush() //nolint:errcheck // as above
+	if w.log.full(w.l.limits.uncovered, 0) > 0 {
+		w.coverAll() //nolint:errcheck // as above
 	}
 }
 
 // writeBack takes what is dirty to the medium without beginning a flush, again and again until that is quick. From the beginning of a flush to the end of the next one whoever rewrites one of
 // its units has to wait (needFlush), and an fdatasync of a second's writes takes a second; so what nobody waits for comes before what somebody may wait for. Guests that write faster than
 // the medium takes it end this before it is quick: U or the log are nearly full then, and they would wait for those.
-func (w *writer) writeBack() error {
+func (w *writer) writeBack() (wasQuick bool, err error) {
 	const quick = 4 * time.Millisecond
 	w.backMu.Lock() // two at a time would only slow each other
 	defer w.backMu.Unlock()
 	for range w.l.limits.writeBacks {
 		start := time.Now()
 		if err := w.l.f.Sync(); err != nil {
-			return w.broke("write back", err)
+			return false, w.broke("write back", err)
 		}
-		if time.Since(start) < quick || w.log.pressing(w.l.limits.uncovered) || w.usable() != nil {
+		if time.Since(start) < quick {
+			return true, nil
+		}
+		if w.log.pressing(w.l.limits.uncovered) || w.usable() != nil {
 			break
 		}
 	}
-	return nil
+	return false, nil
+}
+
+// coverAll covers everything that was logged before it, with two flushes: the first makes it durable, the second one's mark covers it. What is logged between their beginnings would be flushed
+// and not covered until somebody flushes again, and whoever rewrites a unit of it would wait for an fdatasync of all that is dirty by then, which may be a second's writes. So, if little is
+// dirty now, what needs a record waits for both, which are short, and U is empty when it goes on.
+func (w *writer) coverAll() error {
+	wasQuick, err := w.writeBack()
+	if err != nil {
+		return err
+	}
+	w.flushMu.Lock()
+	defer w.flushMu.Unlock()
+	f := w.board() // these are flushes for those who wait for one, too
+	if wasQuick {
+		w.still.Lock()
+		defer w.still.Unlock()
+	}
+	if err = w.flushNow(); err == nil {
+		err = w.flushNow()
+	}
+	if f != nil {
+		f.done, f.err = true, err
+	}
+	return err
 }
 
 // close ends the background, and waits for it a while.
@@ -179,11 +209,18 @@ func (w *writer) flush() error {
 	if f.done {
 		return f.err
 	}
-	w.joinMu.Lock()
-	w.next = nil // it begins now: who comes later needs another
-	w.joinMu.Unlock()
+	w.board()
 	f.done, f.err = true, w.flushNow()
 	return f.err
+}
+
+// board returns the flush that has not begun, which begins now: who comes later needs another. Nil if nobody waits for one; flushMu is held.
+func (w *writer) board() *flight {
+	w.joinMu.Lock()
+	defer w.joinMu.Unlock()
+	f := w.next
+	w.next = nil
+	return f
 }
 
 // flushNow is one flush; flushMu is held.
@@ -261,14 +298,8 @@ func (w *writer) checkpoint() error {
 	if free || w.stopped.Load() {
 		return nil
 	}
-	if err := w.writeBack(); err != nil {
+	if err := w.coverAll(); err != nil {
 		return err
-	}
-	// The first flush makes everything of the old half durable, the second one's mark covers it.
-	for range 2 {
-		if err := w.flush(); err != nil {
-			return err
-		}
 	}
 	if err := w.writePages(g.touchedPages(half), true); err != nil {
 		return w.broke("checkpoint: write map", err)
@@ -334,7 +365,7 @@ func (w *writer) flushAhead() error {
 	if err := w.checkpoint(); err != nil {
 		return err
 	}
-	if err := w.writeBack(); err != nil {
+	if _, err := w.writeBack(); err != nil {
 		return err
 	}
 	return w.flush()
