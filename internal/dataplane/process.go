@@ -71,6 +71,20 @@ func raiseLimits(log *slog.Logger) {
 	}
 }
 
+// processors is what GOMAXPROCS, which is now, becomes. A request that waits for the medium does so in a system call, and a call keeps one of the runtime's processors until the monitor takes it away, tens of microseconds
+// later at best: with two of them, a deep queue reached the medium two requests deep. Around the page cache every request waits; else only those that miss it, and more than a few processors would only take turns more often.
+func processors(now int, direct bool) int {
+	if direct {
+		now = max(now, min(4*now, mostProcessors))
+	}
+	return max(now, leastProcessors)
+}
+
+const (
+	leastProcessors = 8  // as deep as any disk is worth being asked
+	mostProcessors  = 64 // machines beyond it have enough of their own
+)
+
 // hostBootID returns the kernel's id of this boot.
 func hostBootID() (string, error) {
 	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")

@@ -696,3 +696,11 @@ func TestStateNamesNoEmptyPlace(t *testing.T) {
 		t.Errorf("%+v, %v", st.Volumes, err)
 	}
 }
+
+func TestProcessors(t *testing.T) {
+	for _, c := range []struct{ now, cached, direct int }{{1, 8, 8}, {2, 8, 8}, {4, 8, 16}, {12, 12, 48}, {16, 16, 64}, {48, 48, 64}, {96, 96, 96}} {
+		if cached, direct := processors(c.now, false), processors(c.now, true); cached != c.cached || direct != c.direct {
+			t.Errorf("with %d: %d and %d, want %d and %d", c.now, cached, direct, c.cached, c.direct)
+		}
+	}
+}

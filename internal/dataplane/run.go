@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -118,6 +119,9 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if !cfg.NoExec {
 		flusher = becomeFlusher(cfg.Log)
 		raiseLimits(cfg.Log)
+		if os.Getenv("GOMAXPROCS") == "" {
+			runtime.GOMAXPROCS(processors(runtime.GOMAXPROCS(0), cfg.Direct))
+		}
 	}
 	if cfg.TakeOver {
 		if err := succeed(ctx, cfg, flusher); !errors.Is(err, errNobody) {
