@@ -52,7 +52,7 @@ type section struct {
 
 func main() {
 	b := &bench{}
-	flag.StringVar(&b.bin, "ashlar", "bin/ashlar", "the program to measure")
+	flag.StringVar(&b.bin, "ashlar", "", "the program to measure; default: what this tree builds")
 	flag.IntVar(&b.rounds, "rounds", 3, "interleaved rounds; the median counts")
 	flag.IntVar(&b.seconds, "seconds", 3, "seconds a run")
 	flag.DurationVar(&b.soakFor, "soak", 10*time.Minute, "how long the section soak runs, which only -only picks")
@@ -71,13 +71,19 @@ func (b *bench) run(ctx context.Context, only string) (err error) {
 	if err != nil {
 		return err
 	}
-	if b.bin, err = filepath.Abs(b.bin); err != nil {
-		return err
-	}
 	if b.dir, err = os.MkdirTemp("", "abench"); err != nil {
 		return err
 	}
 	defer os.RemoveAll(b.dir)
+	if b.bin == "" { // never what an earlier build left in bin
+		b.bin = filepath.Join(b.dir, "ashlar")
+		if err := command(ctx, "go", "build", "-trimpath", "-o", b.bin, "./cmd/ashlar"); err != nil {
+			return err
+		}
+	}
+	if b.bin, err = filepath.Abs(b.bin); err != nil {
+		return err
+	}
 	if b.node, err = testbed.StartProcess(ctx, b.bin, b.dir); err != nil {
 		return err
 	}
