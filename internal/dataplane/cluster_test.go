@@ -25,6 +25,7 @@ import (
 	"ashlar/internal/dataplane/client"
 	"ashlar/internal/disk"
 	"ashlar/internal/nbd"
+	"ashlar/internal/replica/local"
 )
 
 // town is nodes of one cluster on this host: each a bed with a certificate of its own, one catalogue for all of them.
@@ -977,6 +978,15 @@ func TestRebootOfNodeLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "the record knows of the boot", func() bool { return b.cat.of.record(a.VolumeID).Members[0].Incarnation == b.cfg.BootID })
+	eventually(t, "the copy keeps that record, by which the next process resumes", func() bool {
+		fsys, err := disk.OpenReal(b.disk, disk.RealOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer fsys.Close() //nolint:errcheck // nothing was written
+		found, err := local.List(fsys)
+		return err == nil && len(found) == 1 && found[0].Record != nil && found[0].Record.Members[0].Incarnation == b.cfg.BootID
+	})
 	g.Close()
 	w.beds[0].end()
 	cs[0] = w.beds[0].start()

@@ -15,6 +15,7 @@ import (
 
 	"ashlar/internal/api"
 	apiclient "ashlar/internal/api/client"
+	"ashlar/internal/catalog"
 	"ashlar/internal/nbd"
 	"ashlar/internal/testbed"
 )
@@ -150,6 +151,9 @@ func (c *inside) dial(v api.Volume) *nbd.Client {
 func TestInside(t *testing.T) {
 	c := startInside(t, 3)
 	c.whole()
+	if _, err := c.Nodes[0].Client.SetSetting(c.ctx, catalog.SettingWarningFree, "0"); err != nil { // how full this machine is, is nobody's problem in the end
+		t.Fatal(err)
+	}
 	c.stored("v1", 1)
 	d := c.attach("v1", 0, 2)
 	p := make([]byte, 1<<20)
