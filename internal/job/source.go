@@ -22,6 +22,7 @@ const streamScheme = "stream+unix"
 // isNBD tells an NBD URI by its scheme.
 func isNBD(source string) bool {
 	scheme, _, found := strings.Cut(source, "://")
+	scheme = strings.ToLower(scheme)
 	return found && (scheme == "nbd" || strings.HasPrefix(scheme, "nbd+") || scheme == "nbds" || strings.HasPrefix(scheme, "nbds+"))
 }
 

@@ -55,7 +55,7 @@ func ParseURI(uri string) (Target, error) {
 	}
 	t.Certificates = query.Get("tls-certificates")
 	switch {
-	case u.Opaque != "" || u.Fragment != "":
+	case !strings.HasPrefix(uri[len(u.Scheme):], "://") || u.Fragment != "":
 		return bad("want SCHEME://…")
 	case len(t.Export) > maxNameBytes:
 		return bad("the export's name is too long")
