@@ -191,9 +191,6 @@ func (s *Server) serve(nc net.Conn) {
 func refuse(nc net.Conn) {
 	_ = nc.SetDeadline(time.Now().Add(refuseWait))
 	_, _ = io.WriteString(nc, refusalPrefix+"1-1\n")
-	if half, ok := nc.(interface{ CloseWrite() error }); ok {
-		_ = half.CloseWrite()
-	}
 	_, _ = io.CopyN(io.Discard, nc, 64<<10)
 }
 

@@ -158,6 +158,7 @@ func (g *greeted) Read(p []byte) (int, error) {
 			g.talker.refused.Store(&err)
 			return 0, err
 		}
+		g.talker.refused.Store(nil) // whoever it was, this one understands us
 	}
 	return n, err
 }
